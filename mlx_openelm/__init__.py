@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import backend, blas
+from . import backend, blas, threads  # noqa: F401 (threads watches forks from the start)
 from .version import __version__
 
 __all__ = [

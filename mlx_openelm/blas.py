@@ -152,7 +152,8 @@ def publish(addresses: Mapping[str, int]) -> None:
     file = ctypes.CDLL(None, use_errno=True).memfd_create(b"mlx-openelm-symbols", _CLOSED_ON_EXEC)
     if file < 0:
         raise OSError(ctypes.get_errno(), "memfd_create failed")
-    os.write(file, image)
+    with open(file, "wb", closefd=False) as stream:  # writes all of it, or fails: half a library would crash MLX
+        stream.write(image)
     # The file stays open: the linker identifies libraries by name, and a closed descriptor's name would be reused.
     ctypes.CDLL(f"/proc/{os.getpid()}/fd/{file}", mode=ctypes.RTLD_GLOBAL)
 

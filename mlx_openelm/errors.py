@@ -11,6 +11,8 @@ import re
 QUOTED = 200
 # Whether messages name flags, as they are written: only while the command line runs, which sets this.
 names_flags = False
+# Flags that were typed in another spelling, which messages use too: `--quant-predicate` for `--recipe`.
+typed: dict[str, str] = {}
 # A flag, but none of a command line, which messages put in backquotes.
 _FLAG = re.compile(r"(`[^`]*`)|(?<![\w./-])(?:--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)|-q)(?![\w-])")
 # Flags whose arguments are written in another way.
@@ -49,7 +51,9 @@ class RequestError(OpenELMError, ValueError):
 
 def name_options(text: str) -> str:
     """A message for the user: `--q-bits` is `q_bits` in Python, and stays on the command line."""
-    return text if names_flags else _FLAG.sub(_argument, text)
+    if not names_flags:
+        return _FLAG.sub(_argument, text)
+    return _FLAG.sub(lambda found: typed.get(found[0], found[0]), text) if typed else text
 
 
 def command_or_call(command: str, call: str) -> str:

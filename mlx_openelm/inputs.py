@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import RequestError
+from .errors import RequestError, quote
 
 # The largest file that is read whole; the largest published tokenizers have about 35 MB.
 MAX_BYTES = 1 << 26
@@ -74,7 +76,9 @@ def to_path(name: str | Path) -> Path:
     Raises:
         RequestError: no file can have that name.
     """
-    path = Path(str(name).strip() if isinstance(name, str) else name)
+    if not isinstance(name, str | os.PathLike):
+        raise RequestError(f"{quote(name)} is not a name or a path.")
+    path = Path(name.strip() if isinstance(name, str) else name)
     try:
         path = path.expanduser()
         path.stat()
@@ -88,12 +92,32 @@ def to_path(name: str | Path) -> Path:
     return path
 
 
+def path_list(value: Any, flag: str) -> list[str | os.PathLike[str]]:
+    """The paths that an argument holds: one path, or a sequence of them.
+
+    Raises:
+        RequestError: it is anything else.
+    """
+    paths = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise RequestError(f"{flag} must be a path, or several, got {quote(value)}.")
+    return list(paths)
+
+
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     """The text of a regular UTF-8 file, line ends unchanged; errors as `read_bytes`, and for other encodings."""
     try:
         return read_bytes(path, max_bytes=max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+
+
+def check_characters(source: str, text: str) -> None:
+    """Raise a `RequestError` for what cannot be written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{source} has half of a surrogate pair, which is not a character: {quote(text)}.") from None
 
 
 def read_stream(file: BinaryIO, name: str) -> bytes:

@@ -1,15 +1,28 @@
-"""Keyword arguments of the public functions and classes: wrong names get a suggestion, and signatures list options."""
+"""The arguments of the public functions and classes.
+
+Wrong names get a suggestion, and things of another kind than a model, options or a path a reason; signatures list
+options.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
-from . import suggestions
-from .errors import RequestError
+from . import suggestions, threads
+from .errors import RequestError, quote
+
+# The types of what `load` gives, which this module must not import.
+_LOADED = ("OpenELM", "Tokenizer")
+# The type of arguments that are a path or a name, and the end of the type of those that may be left out.
+_PATH, _OPTIONAL = "str | Path", " | None"
+
+Check = Callable[[Any], Any]
 
 
 class KeywordError(RequestError, TypeError):
@@ -36,15 +49,65 @@ def checked(value: Any, options: type | None = None) -> Any:
 
 def _checked(function: Callable[..., Any], name: str, signature: inspect.Signature) -> Callable[..., Any]:
     known = frozenset(signature.parameters)
+    checks, names = _checks(function), list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
         if not known.issuperset(keywords):
             wrong = next(word for word in keywords if word not in known)
             raise KeywordError(suggestions.unknown_keyword(name, wrong, {"": known, **_options_of(function)}))
+        threads.note()
+        if checks:
+            rest = args[len(names) :]  # too many, as Python will say
+            args = *(checks.get(word, _any)(value) for word, value in zip(names, args, strict=False)), *rest
+            keywords = {word: checks.get(word, _any)(value) for word, value in keywords.items()}
         return function(*args, **keywords)
 
     return call
+
+
+def _checks(function: Callable[..., Any]) -> dict[str, Check]:
+    """The checks of arguments, by name: each returns the argument, or raises a `RequestError`."""
+    found: dict[str, Check] = {}
+    for name, annotation in function.__annotations__.items():
+        required = str(annotation).removesuffix(_OPTIONAL)
+        is_optional = required != annotation
+        kind = function.__globals__.get(required)
+        if required == _PATH:
+            found[name] = functools.partial(_path, name, is_optional)
+        elif isinstance(kind, type) and (is_dataclass(kind) or not is_optional):
+            found[name] = functools.partial(_instance, name, is_optional, kind)
+    return found
+
+
+def _any(value: Any) -> Any:
+    return value
+
+
+def _path(name: str, is_optional: bool, value: Any) -> str | Path | None:
+    """A name, or a path, of any class, as a `Path`."""
+    if isinstance(value, str) or (is_optional and value is None):
+        return value
+    if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+        return Path(path)
+    raise RequestError(f"{name} must be a name or a path, got {quote(value)}.")
+
+
+def _instance(name: str, is_optional: bool, kind: type, value: Any) -> Any:
+    """An instance of a class."""
+    if isinstance(value, kind) or (is_optional and value is None):
+        return value
+    if kind.__name__ not in _LOADED:
+        raise RequestError(f"{name} must be {kind.__name__}, got {quote(value)}.")
+    given, source = "its name", repr(str(value))
+    if not isinstance(value, str | Path):
+        given, source = _type_name(value), "name"
+    raise RequestError(f"{name} must be a loaded {name}, not {given}: model, tokenizer = load({source}).")
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return "None" if value is None else f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 def _signature(function: Callable[..., Any], options: type | None) -> inspect.Signature:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import backend
+from . import backend, threads
 from .config import ModelConfig
 from .errors import RequestError, quote
 from .formats.mlx import Checkpoint
@@ -109,6 +109,8 @@ def build_model(
 
     The model's `quantization` says how its matrices were stored, `expanded` whether they were unpacked.
     """
+    if threads.forked:
+        raise RequestError(threads.FORKED)
     config, choices = checkpoint.config, checkpoint.quantization
     compute = None if dtype is None else dtype_for(dtype, config)
     if compute is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,3 +35,10 @@ class Options:
         ]
         changed = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
         return f"{type(self).__name__}({changed})"
+
+
+def paths_as_text(options: Any) -> None:
+    """Replace the paths among a frozen dataclass's values by their text, which is recorded and compared."""
+    for item in fields(options):
+        if isinstance(value := getattr(options, item.name), os.PathLike):
+            object.__setattr__(options, item.name, os.fspath(value))

@@ -189,8 +189,22 @@ _REFUSED_KEYWORDS = {
     "model_config": "the configuration is the model's own",
     "return_config": "the configuration is model.config",
     "quant_predicate": 'recipe="mixed_3_6" and its like give some matrices more bits; a function is not taken',
+    "input_embeddings": "a prompt is text or token ids",
+    "verbose": "callback and progress report what is done",
+    "sampler": "temp, top_p and their like choose tokens; Engine.submit takes a sampler for each text",
+    "logits_processors": "logit_bias and penalties change logits; Engine.submit takes processors for each text",
+    **dict.fromkeys(
+        ("prompt_caches", "return_prompt_caches"), "Engine.submit takes a prompt_cache for each text, and extends it"
+    ),
+    **dict.fromkeys(("return_token_ids", "return_logprobs"), "each result has its tokens and logprobs"),
+    "prefill_batch_size": "prompts are processed one after the other, in pieces",
 }
-_RENAMED_KEYWORDS = {"path_or_hf_repo": "model", "prompt_progress_callback": "progress"}
+_RENAMED_KEYWORDS = {
+    "path_or_hf_repo": "model",
+    "prompt_progress_callback": "progress",
+    **dict.fromkeys(("completion_batch_size", "prefill_batch_size"), "max_rows"),
+    "stop_tokens": "stop",
+}
 
 
 def unknown_command(program: str, name: str, commands: Sequence[str]) -> str:

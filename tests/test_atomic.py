@@ -200,3 +200,13 @@ def test_the_source_cannot_be_the_target(tmp_path: Path) -> None:
     for source in (tmp_path / "out", tmp_path / "out" / "model" / "config.json"):
         with pytest.raises(RequestError, match="out is the model, or contains it; choose another save_path"):
             atomic.keep_apart(tmp_path / "out", source, "the model", "--save-path")
+
+
+@pytest.mark.parametrize("name", ["file/x", "file/x/y"])
+def test_a_path_through_a_file_is_refused_before_long_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    message = rf"{tmp_path}/{name} cannot be created: {tmp_path}/file is a file, not a folder\.$"
+    with pytest.raises(RequestError, match=message):
+        atomic.check_target(tmp_path / name)
+    with pytest.raises(RequestError, match=message), atomic.new_file(tmp_path / name):
+        pass

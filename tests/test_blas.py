@@ -178,6 +178,14 @@ def test_a_library_path_is_used_whatever_its_function_names():
 
 
 @loaded
+def test_where_files_may_not_be_large_it_is_not_used():
+    """Half of a table of symbols would end the process when MLX is loaded."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); import mlx_openelm.model; "
+    state, *_ = python(limit + STATE).split()
+    assert state in ("missing", "loaded")  # a library that has the plain names needs no table
+
+
+@loaded
 def test_a_library_without_sgemm_is_reported():
     assert "MLX_OPENELM_BLAS=libm.so.6 cannot be loaded as a BLAS" in python(STATE, MLX_OPENELM_BLAS="libm.so.6")
 

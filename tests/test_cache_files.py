@@ -167,6 +167,24 @@ def test_the_ids_are_what_penalties_need(tiny: Any, ids: list[int], tmp_path: Pa
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"repetition_penalty": 1.2}, "Penalties see only new tokens, not the 6 in the prompt cache"),
+        ({"repetition_penalty": 1.2, "repetition_context_size": 3}, "Penalties see only new tokens"),
+        ({"repetition_penalty": 1.2, "repetition_context_size": 2}, None),  # as many as the prompt has
+        ({"logit_bias": {5: 1.0}}, None),
+        ({"logits_processors": [lambda ids, logits: logits]}, "Logits processors are given only new tokens, not the 6"),
+    ],
+)
+def test_a_warning_where_ids_are_missing(tiny: Any, options: dict[str, Any], warning: str | None, recwarn: Any):
+    model, tokenizer = tiny
+    cache = fill(model, make_prompt_cache(model), tokenizer.encode("To be, or not"))
+    generate(model, tokenizer, [20, 30], prompt_cache=cache, max_tokens=1, **options)
+    shown = [str(one.message) for one in recwarn]
+    assert shown == [] if warning is None else warning in shown[0]
+
+
 def test_a_file_is_replaced_only_if_asked(tiny: Any, ids: list[int], tmp_path: Path):
     model = tiny[0]
     path = save_prompt_cache(tmp_path / "c", fill(model, make_prompt_cache(model), ids[:5]))

@@ -24,6 +24,7 @@ import mlx.core as mx
 import pytest
 from fake_hub import FakeHub
 from in_process import run_here
+from processes import environment
 from test_sources import Server
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,26 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("args", [["generate", "x", "-m", "2"], ["generate", "x", "-m", "2", "--json"], ["--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output_is_named(args: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mlx_openelm", *args]
+        variables = environment(PYTHONUNBUFFERED=unbuffered)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=variables)
+    assert done.returncode == 1
+    assert "error: Standard output cannot be written to: No space left on device.\n" in done.stderr
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code = "import os, sys; os.rmdir(os.getcwd()); from mlx_openelm.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "convert", "--mlx-path", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "gone", env=environment())
+    assert done.stderr == "error: The current folder does not exist any more; change to another.\n"
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -163,6 +184,21 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
         (["generate", "To be", "--prompt", "not"], "Give the prompt once: as the argument, with --prompt or with"),
         (["generate", "--prompt", "To be", "or"], "Give the prompt once: as the argument, with --prompt or with"),
         (["generate", "two", "--", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["generate", "a", "--prompt", "b"], "Give the prompt once: as the argument, with --prompt or with"),
+        (["generate", "--prompt", "a", "--temp", "0", "b"], "Give the prompt once: as the argument, with --prompt or"),
+        (
+            ["generate", "--prompt", "a", "--extra-eos-token", ",", "."],
+            "--extra-eos-token takes one value at a time; repeat it: --extra-eos-token , --extra-eos-token ..",
+        ),
+        (["generate", "--stop", "a", "b", "c"], "--stop takes one value at a time; repeat it: --stop a --stop b."),
+        (["lora", "--sample-prompt", "a", "b"], "repeat it: --sample-prompt a --sample-prompt b."),
+        (["generate", "caf\udce9"], "The prompt is not UTF-8 text; give the prompt in UTF-8."),
+        (["generate", "--prompt", "caf\udce9"], "The prompt is not UTF-8 text; give the prompt in UTF-8."),
+        (["cache-prompt", "caf\udce9", "--prompt-cache-file", "surely-new"], "The prompt is not UTF-8 text; give"),
+        (
+            ["generate", "x", "--system-prompt", "caf\udce9"],
+            "--system-prompt has half of a surrogate pair, which is not a character: 'caf\\udce9'.",
+        ),
         (["convert", "two", "--", "words"], "Unexpected argument 'two' (did you mean --model two?); see"),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
@@ -645,7 +681,7 @@ def test_convert_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--q-bits", 4], "need -q"),
+        (["--q-bits", 4], "--q-bits needs -q"),
         (["-q", "-d"], "either -q or --dequantize"),
         (["-q", "--q-bits", 7], "--q-bits must be"),
         (["-q", "--q-mode", "int4"], "--q-mode must be one of"),

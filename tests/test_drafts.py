@@ -274,6 +274,10 @@ class Scripted:
     def __init__(self, model: OpenELM, script: Sequence[int]):
         self.model, self.script = model, mx.array([*script[1:], script[-1]])
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return OpenELM
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 

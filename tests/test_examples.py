@@ -426,6 +426,12 @@ def test_examples_whose_completion_is_cut_off_are_kept_and_reported():
         make(long_prompt, max_seq_length=20, mask_prompt=True)
 
 
+def test_examples_without_text_are_reported():
+    report = tokenize(records({"text": ""}, {"text": "To be"}, {"text": ""}), tokenizer, max_seq_length=64).report
+    assert report.num_empty == 2
+    assert "train: 2 have no text, so that only its end is learned" in report.lines("train", 64)
+
+
 def test_conversations_without_an_assistant_are_reported():
     tokenized = tokenize(
         records({"messages": [USER]}, {"messages": [USER, LAST]}), tokenizer, max_seq_length=64, mask_prompt=True

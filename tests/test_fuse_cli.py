@@ -163,7 +163,7 @@ def test_every_flag_reaches_the_function(monkeypatch: pytest.MonkeyPatch) -> Non
     ("flags", "message"),
     [
         (("--adapter-path", "absent"), "There is no adapter 'absent'"),
-        (("--model", "tiny", "--q-bits", 4), "need -q"),
+        (("--model", "tiny", "--q-bits", 4), "--q-bits needs -q"),
         (("--model", "model", "--save-path", "adapters"), "exists; choose another --save-path"),
         (("--model", "model", "--private"), "--private needs --upload-repo"),
     ],

@@ -98,7 +98,9 @@ def test_sampled_texts_say_their_seeds(
     ("name", "lines", "flags", "message"),
     [
         ("a.jsonl", [{"prompt": "a"}, {"prompt": "b", "max_token": 3}], [], "a.jsonl:2 has an unknown key"),
-        ("a.jsonl", [{"prompt": "a"}, "", {"prompt": "b", "temp": -1}], [], "a.jsonl:3: --temp must be between"),
+        ("a.jsonl", [{"prompt": "a"}, "", {"prompt": "b", "temp": -1}], [], "a.jsonl:3: temp must be between"),
+        ("a.jsonl", [{"prompt": "a"}], ["--temp", "-1"], "a.jsonl:1: --temp must be between"),
+        ("a.jsonl", [{"prompt": "a\ud800"}], [], "a.jsonl:1: prompt has half of a surrogate pair"),
         ("a.jsonl", [{"prompt": "a"}, "{"], [], "a.jsonl:2 is not JSON"),
         ("a.jsonl", [["a"]], [], "a.jsonl:1 must be a JSON object, not a list."),
         ("a.jsonl", [{"text": "a"}], [], "a.jsonl:1 has an unknown key, 'text'"),

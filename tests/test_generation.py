@@ -676,7 +676,7 @@ def test_bad_ids_are_refused(model: OpenELM, tokenizer: Tokenizer, prompt: Any) 
 
 
 def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer: Tokenizer) -> None:
-    for prompt in (" ", "\n", "\x00", "😀", "</s>", "\ud800"):
+    for prompt in (" ", "\n", "\x00", "😀", "</s>"):
         assert len(pieces(model, tokenizer, prompt, max_tokens=2)) >= 1
 
 

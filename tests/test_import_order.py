@@ -18,7 +18,7 @@ ROOMS = [
     "harness", "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
     "backend", "blas", "config", "native",
-    "inputs", "options", "keywords", "suggestions", "console", "messages", "errors", "wording", "version",
+    "inputs", "options", "keywords", "suggestions", "threads", "console", "messages", "errors", "wording", "version",
 ]  # fmt: skip
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

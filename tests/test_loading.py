@@ -736,8 +736,8 @@ def test_rows_no_group_size_divides_are_not_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"q_bits": 4}, "need quantize"),
-        ({"q_mode": "mxfp4"}, "need quantize"),
+        ({"q_bits": 4}, "needs quantize"),
+        ({"q_mode": "mxfp4"}, "needs quantize"),
         ({"quantize": True, "dequantize": True}, "either"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"quantize": True, "q_group_size": 16}, "q_group_size must be 32, 64 or 128"),

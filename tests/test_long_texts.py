@@ -17,9 +17,9 @@ from serving_apps import tiny
 def test_a_long_text_has_the_ids_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny()[1]
     text = "Enter KING HENRY, with  his\n\tfriends; \U0001f600 é. " * 900
-    assert len(text) > tokenizers_engine._LONG
+    assert len(text) > tokenizers_engine._LONG_TEXT
     ids = tokenizer.encode(text)
-    monkeypatch.setattr(tokenizers_engine, "_LONG", len(text) + 1)
+    monkeypatch.setattr(tokenizers_engine, "_LONG_TEXT", len(text) + 1)
     assert ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
 
 

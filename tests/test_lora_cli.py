@@ -164,6 +164,9 @@ def test_a_run_and_what_it_prints(folder):
         (("--train", "--data", "data", "--optimizer", "adamm"), "--optimizer must be adam"),
         (("-c", "none.yaml"), "none.yaml does not exist"),
         (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
+        (("--train", "--data", "data", "--adapter-path", "data/train.jsonl/x"), "train.jsonl is a file, not a folder"),
+        (("--test", "--data", "data", "--adapter-path", "none"), "There is no adapter in none"),
+        (("--test", "--data", "nowhere", "--adapter-path", "data"), "data has no adapter_config.json"),
     ],
 )
 def test_a_bad_request_is_one_line_and_exit_code_2(words, named, folder, monkeypatch, capsys):

@@ -28,6 +28,9 @@ NAMES = {
         "options",
         "prompt_cache_tokens",
         "prompts",
+        "data",
+        "logits_processors",
+        "models",
     ),
     *("rms_norm_eps", "sampler", "tokenizer_config"),
 }

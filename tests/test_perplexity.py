@@ -6,10 +6,11 @@ import json
 import shlex
 from pathlib import Path
 
-from mlx_openelm import convert, errors, load
+from mlx_openelm import QuantizeOptions, convert, errors, load, perplexity, quantize
 from mlx_openelm.cli import perplexity as cli
 from mlx_openelm.cli.main import main, parse
 from mlx_openelm.errors import RequestError
+from mlx_openelm.evaluation import windows as windows_module
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll, measure
 from mlx_openelm.evaluation.windows import EXAMPLE_KEYS, cut, load_documents, make_windows
 from mlx_openelm.training.data.kinds import KINDS
@@ -204,6 +205,19 @@ def test_bits_per_byte_and_character_are_those_of_the_text(loaded):
     # Windows without a stride drop what is left over, of the text too.
     windows = cut(tokenizer, documents, 16)
     assert sum(window.bytes for window in windows) < len(text.encode())
+
+
+def test_reading_a_large_file_is_announced(loaded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(windows_module, "_SLOW_BYTES", 1000)
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be. " * 100)
+    perplexity(*loaded, text, sequence_length=64)
+    said: list[str] = []
+    options = QuantizeOptions(method="awq", calibration=str(text), sequence_length=64, num_samples=1)
+    quantize(FIXTURES / "shakespeare-hf", tmp_path / "quantized", options, say=said.append, progress=False)
+    assert said == ["Reading text.txt, 2.1 kB"] == capsys.readouterr().err.splitlines()[:1]
+    perplexity(*loaded, text, sequence_length=64, progress=False)
+    assert "Reading" not in capsys.readouterr().err
 
 
 def test_strides_that_cannot_be_are_refused(loaded):

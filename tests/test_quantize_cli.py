@@ -116,7 +116,9 @@ def test_convert_takes_recipes_under_both_names(flag, folder):
         (("quantize", "--q-bits", 4, "--report-plot", "a.png"), "--report-plot needs --report"),
         (("quantize", "--report", "--report-plot", "a.xyz"), "must end in .png"),
         (("quantize", "--report", "--upload-repo", "me/x", "--dry-run"), "--upload-repo needs a model to upload"),
-        (("convert", "--recipe", "mixed_4_6"), "--recipe need -q"),
+        (("convert", "--recipe", "mixed_4_6"), "--recipe needs -q"),
+        (("convert", "--quant-predicate", "mixed_4_6"), "--quant-predicate needs -q"),
+        (("quantize", "--quant-predicate", "mixed"), "--quant-predicate must be one of mixed_2_6"),
         (("convert", "-q", "--recipe", "mixed_4_6", "--q-bits", 4), "leave --q-bits and --q-mode out"),
     ],
 )

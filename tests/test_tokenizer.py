@@ -5,9 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.hub import catalog
+from mlx_openelm.text import tokenizers_engine
 from mlx_openelm.text.saving import write_spec
 from mlx_openelm.text.sentencepiece import read_model, to_spec
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -520,3 +523,24 @@ print(tokenizer.decode(tokenizer.encode("Hi")), [name for name in {heavy} if nam
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Hi []"
+
+
+# What could make a text's tokens depend on more than its words: spaces in a row, line breaks, U+2581, symbols.
+MIXED = st.lists(
+    st.sampled_from(["to", "be ", "or", " ", "   ", "\n", "\t ", "é", "▁", "日本", "</s>", "1 ", "_ ", "😀"])
+)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@given(words=MIXED)
+@settings(max_examples=60, deadline=None)
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(first_only, words):
+    tiny = Tokenizer.from_folder(catalog.TINY_FOLDER)
+    engine = tokenizers_engine.TokenizersEngine(replace(tiny.spec, first_only=first_only), catalog.TINY_FOLDER)
+    engine.build((1, 2))
+    text = "".join(words) * 3
+    with pytest.MonkeyPatch.context() as patch:
+        whole = [engine.encode(text, start=start) for start in (True, False)]
+        patch.setattr(tokenizers_engine, "_LONG_TEXT", 8)
+        assert [engine.encode(text, start=start) for start in (True, False)] == whole
+        assert engine._words_are_apart

@@ -44,8 +44,7 @@ def read_adapter(
     if found.is_file() and found.suffix.lower() != _SAFETENSORS:
         raise RequestError(f"{found} is not an adapter: give its folder, a {_SAFETENSORS} file in it, or a .pt file.")
     folder = found if found.is_dir() else found.parent
-    if not (folder / CONFIG).is_file():
-        raise RequestError(f"{folder} has no {CONFIG}, so it is not an adapter; give {_folders_in(folder)}.")
+    check_adapter_folder(folder)
     format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
     file = found if found.is_file() else folder / format.WEIGHTS
     if not file.is_file():
@@ -54,6 +53,12 @@ def read_adapter(
             pickled = "; a pickled adapter_model.bin is never read: load it in PEFT and save it again, as safetensors"
         raise RequestError(f"{folder} has no {file.name}{pickled}.")
     return _checked(format.read(file, config), file)
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder without the configuration that an adapter's folder has; files are left to `read_adapter`."""
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        raise RequestError(f"{folder} has no {CONFIG}, so it is not an adapter; give {_folders_in(folder)}.")
 
 
 def write_adapter(

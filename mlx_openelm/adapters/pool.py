@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ class AdapterPool:
             OpenELMError: a download that failed.
         """
         paths = self._to_paths(adapter)
-        name = _to_text(paths) if not isinstance(adapter, str | Path) else str(adapter)
+        name = os.fspath(adapter) if isinstance(adapter, str | os.PathLike) else _to_text(paths)
         if (held := self._use(paths)) is None:
             with self._reading:
                 if (held := self._use(paths)) is None:

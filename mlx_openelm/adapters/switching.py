@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats.adapter import Adapter, LowRank
+from ..inputs import path_list
 from ..model import OpenELM
 from .attaching import (
     Adapted,
@@ -192,12 +194,9 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
         RequestError: no adapter, something that is no path, or a weight that is not a number.
     """
     if isinstance(adapter_path, Mapping):
-        found = [(str(path), _to_weight(str(path), weight)) for path, weight in adapter_path.items()]
+        found = [(os.fspath(path), _to_weight(os.fspath(path), weight)) for path, weight in adapter_path.items()]
     else:
-        paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
-        if not isinstance(paths, Sequence) or not all(isinstance(path, str | Path) for path in paths):
-            raise RequestError(f"--adapter-path must be a path, or several, got {quote(adapter_path)}.")
-        found = [_parse_path(path) for path in paths]
+        found = [_parse_path(path) for path in path_list(adapter_path, "--adapter-path")]
     if not found:
         raise RequestError("--adapter-path is empty; give an adapter.")
     return found
@@ -210,12 +209,13 @@ def _to_weight(path: str, weight: object) -> float:
         raise RequestError(f"The weight of the adapter {path} must be a number, got {quote(weight)}.") from None
 
 
-def _parse_path(path: str | Path) -> tuple[str, float]:
+def _parse_path(path: str | os.PathLike[str]) -> tuple[str, float]:
     """Path and weight; a path that exists may itself end in `=` and a number."""
-    name, equals, number = str(path).rpartition("=")
-    if isinstance(path, Path) or not equals or find_local(str(path)) is not None:
-        return str(path), 1.0
+    text = os.fspath(path)
+    name, equals, number = text.rpartition("=")
+    if not isinstance(path, str) or not equals or find_local(text) is not None:
+        return text, 1.0
     try:
         return name, float(number)
     except ValueError:
-        return str(path), 1.0
+        return text, 1.0

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from .base import Cache, causal_mask, grow
 from .batches import BatchCache
 from .rotating import RotatingKVCache
@@ -32,7 +32,7 @@ def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
 def check_window(max_kv_size: object) -> None:
     """Raise a RequestError unless a sliding cache can have this size."""
     if type(max_kv_size) is not int or max_kv_size < _SMALLEST_WINDOW:
-        raise RequestError(f"--max-kv-size must be {_SMALLEST_WINDOW} or more, got {max_kv_size}.")
+        raise RequestError(f"--max-kv-size must be {_SMALLEST_WINDOW} or more, got {quote(max_kv_size)}.")
 
 
 class KVCache(Cache):

@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
     options.validate()
     nothing_given = not args.words and args.prompt is None and args.prompt_file is None
     only_system = args.system_prompt is not None and nothing_given
-    prompt = "" if only_system else read_prompt(args.words, args.prompt, args.prompt_file, "cache-prompt")
+    prompt = "" if only_system else read_prompt(args, "cache-prompt")
     model, tokenizer = load(
         args.model,
         args.adapter_path,

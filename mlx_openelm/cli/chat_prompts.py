@@ -9,6 +9,7 @@ from argparse import Namespace
 from itertools import takewhile
 
 from ..errors import RequestError
+from ..inputs import check_characters
 from ..text.tokenizer import Tokenizer
 
 
@@ -30,7 +31,13 @@ def check_no_chat(args: Namespace) -> None:
 def encode_chat(
     tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
 ) -> list[int]:
-    """The token ids of the conversation, written with a chat template; BOS comes first."""
+    """The token ids of the conversation, written with a chat template; BOS comes first.
+
+    Raises:
+        RequestError: a text is not UTF-8, or the template fails.
+    """
+    for flag, text in (("--prompt", prompt), ("--system-prompt", system_prompt), ("--prefill-response", prefill)):
+        check_characters(flag, text or "")
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})

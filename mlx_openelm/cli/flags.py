@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from .. import errors
 from ..console import columns
 from ..errors import RequestError, quote
 from ..hub import catalog
@@ -78,6 +79,7 @@ class Parser(argparse.ArgumentParser):
         self.groups = {title: self.add_argument_group(title) for title in _GROUPS}
         self.main_flags, self.commands = main_flags, commands or {}
         self.defaults: dict[str, Any] = {}  # of the fields of dataclasses, for `--help`
+        self._before = ""  # the flag whose value came just before the first argument
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """The values on a command line.
@@ -97,6 +99,7 @@ class Parser(argparse.ArgumentParser):
         for word in rest:
             if word != "--":
                 self._refuse_argument(word, args)
+        values.before_words = self._before
         return values
 
     def format_help(self) -> str:
@@ -124,6 +127,7 @@ class Parser(argparse.ArgumentParser):
         """
         result: list[str] = []
         arguments: list[str] = []
+        flag = value = ""
         words = deque(args)
         takes_arguments = any(not action.option_strings for action in self._actions)
         switch_values = ("true", "false") if takes_arguments else _ON + _OFF
@@ -132,11 +136,13 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 arguments += words
                 break
-            flag, equals, value = word.partition("=")
-            action = self.flags.get(flag)
             if not word.startswith("-") or word == "-":
+                if not arguments:
+                    self._before, before_value = flag, value
                 arguments.append(word)
                 continue
+            flag, equals, value = word.partition("=")
+            action = self.flags.get(flag)
             if action is None:
                 if (flag.startswith("--") or flag[:2] not in self.flags) and self._is_refused(flag):
                     continue
@@ -148,15 +154,29 @@ class Parser(argparse.ArgumentParser):
             elif action.nargs == 0 and equals:
                 self.error(f"{flag} takes no value")
             elif action.nargs is None and not equals:
+                if flag.startswith("--") and flag != action.option_strings[0]:
+                    errors.typed[action.option_strings[0]] = flag
                 if not words or words[0].partition("=")[0] in self.flags:  # a flag is no value: that was forgotten
                     self._refuse_value(flag, *list(words)[:1])
-                word = f"{flag}={words.popleft()}"
+                value = words.popleft()
+                word = f"{flag}={value}"
             elif action.nargs == "?" and not equals and words and not words[0].startswith("-"):
                 word = f"{flag}={words.popleft()}"
             result.append(word)
+        if self._before:
+            self._check_list(before_value, arguments, result)
         if arguments and not takes_arguments:
             self._refuse_argument(arguments[0], args)
         return [*result, "--", *arguments] if arguments else result
+
+    def _check_list(self, value: str, arguments: list[str], flags: list[str]) -> None:
+        """Refuse `--stop A B`, mlx-lm's way to write lists, where B is not an argument that is lacking."""
+        has_prompt = any(word.partition("=")[0] in ("--prompt", "-p", "--prompt-file") for word in flags)
+        is_one_prompt = "--prompt" in self.flags and len(arguments) + has_prompt == 1
+        takes_many = any(not action.option_strings for action in self._actions) and "--prompt" not in self.flags
+        if isinstance(self.flags[self._before], argparse._AppendAction) and not is_one_prompt and not takes_many:
+            each = " ".join(f"{self._before} {shlex.quote(word)}" for word in (value, arguments[0]))
+            raise RequestError(f"{self._before} takes one value at a time; repeat it: {each}.")
 
     def _refuse_argument(self, word: str, args: Sequence[str]) -> NoReturn:
         """Say that an argument needs a flag: the first of the main ones, if it is not given and takes a value."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backend, console
 from ..errors import RequestError
-from ..generation.options import EMPTY_PROMPT, GenerationOptions
+from ..generation.options import EMPTY_PROMPT, NOT_UTF8, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
@@ -122,7 +122,7 @@ def run(args: Namespace) -> int:
         from .chat_prompts import check_no_chat
 
         check_no_chat(args)
-    prompt = read_prompt(args.words, args.prompt, args.prompt_file)
+    prompt = read_prompt(args)
     options = flags.given(args, GenerationOptions)
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
@@ -194,10 +194,11 @@ def run(args: Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def read_prompt(words: list[str], prompt: str | None, prompt_file: str | None, command: str = "generate") -> str:
+def read_prompt(args: Namespace, command: str = "generate") -> str:
     """The prompt from the argument, the flag, the file, or standard input."""
-    is_quoted = prompt is not None and any(" " in text for text in (prompt, *words))
-    if not is_quoted and len(words) + (prompt is not None) > 1:
+    words, prompt, prompt_file = args.words, args.prompt, args.prompt_file
+    is_quoted = any(" " in text for text in (prompt or "", *words))
+    if len(words) > 1 if prompt is None else words and not is_quoted and args.before_words in ("--prompt", "-p"):
         text = " ".join([*([prompt] if prompt is not None else []), *words])
         raise RequestError(f"A prompt of several words needs quotes: mlx-openelm {command} {shlex.quote(text)}.")
     if len([text for text in (*words, prompt, prompt_file) if text is not None]) > 1:
@@ -213,6 +214,10 @@ def read_prompt(words: list[str], prompt: str | None, prompt_file: str | None, c
         )
     else:
         text = prompt
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as halves of surrogate pairs
+            raise RequestError(NOT_UTF8) from None
     if not text:
         raise RequestError(EMPTY_PROMPT)
     return text

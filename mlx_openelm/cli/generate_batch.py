@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext, redirect_stdout
 from copy import copy
 from dataclasses import dataclass, fields
@@ -23,10 +24,10 @@ from ..generation.options import GenerationOptions
 from ..generation.row import Row
 from ..generation.sampling import random_seed
 from ..hub import catalog
-from ..inputs import kind_of, read_stream, read_text_source, split_lines, to_path
+from ..inputs import check_characters, kind_of, read_stream, read_text_source, split_lines, to_path
 from ..loading import load
 from ..text.tokenizer import Tokenizer
-from ..wording import counted, did_you_mean, size
+from ..wording import counted, did_you_mean, flag, size
 from . import flags
 from .chat_prompts import check_no_chat, encode_prompt
 from .drafts import as_json, as_text, load_draft_model
@@ -102,9 +103,16 @@ def run_batch(args: Namespace) -> int:
             rows.append(engine.submit(ids, adapter=chosen_adapter, **past, **options))
             rows[-1].warns = False  # `_generate` does, and names the line
         except OpenELMError as error:
-            raise type(error)(f"{line.place}: {error}") from None
+            raise type(error)(f"{line.place}: {_naming_keys(str(error), line.options)}") from None
         seeds.append(seed if _samples(options) else None)
     return _generate(engine, lines, rows, seeds, args)
+
+
+def _naming_keys(message: str, keys: Collection[str]) -> str:
+    """A message that names these keys of a line as the file has them, not as flags."""
+    for key in keys:
+        message = re.sub(rf"{flag(key)}(?![\w-])", key, message)
+    return message
 
 
 def _check_adapters(lines: list[_Line], cache_file: str) -> None:
@@ -167,6 +175,7 @@ def _parse(place: str, text: str) -> _Line:
     prompt = values.pop("prompt", None)
     if not isinstance(prompt, str) or not prompt:
         raise RequestError(f"{place} needs a text as its prompt.")
+    check_characters(f"{place}: prompt", prompt)
     biases = values.get("logit_bias")
     if isinstance(biases, dict):  # keys of JSON are texts
         values["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}

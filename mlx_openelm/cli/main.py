@@ -80,6 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _exit_code(error, debug)
     finally:
         errors.names_flags = False
+        errors.typed.clear()
     sys.exit(code)
 
 
@@ -110,7 +111,11 @@ def _exit_code(error: BaseException, debug: bool) -> int:
         code, line = known.exit_code, str(known)
     except Exception as unexpected:
         code, line = 1, f"{type(unexpected).__name__}: {unexpected}"
-        if not debug:
+        if isinstance(unexpected, OSError) and _is_from_printing(unexpected):
+            line = f"Standard output cannot be written to: {unexpected.strerror}."
+        elif isinstance(unexpected, FileNotFoundError) and not _has_folder():
+            line = "The current folder does not exist any more; change to another."
+        elif not debug:
             line = f"{line}; run again with --debug for the traceback."
     if debug:
         import traceback
@@ -120,6 +125,23 @@ def _exit_code(error: BaseException, debug: bool) -> int:
 
     show(f"error: {line}")
     return code
+
+
+def _is_from_printing(error: OSError) -> bool:
+    """Whether an error comes from a write of this room or of `console`, which write to standard output only."""
+    from traceback import walk_tb
+
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename)
+    return error.filename is None and (file.parent == Path(__file__).parent or file.name == "console.py")
+
+
+def _has_folder() -> bool:
+    """Whether the current folder exists."""
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:

@@ -11,7 +11,7 @@ from typing import Any
 from .. import console
 from ..errors import RequestError
 from ..evaluation.perplexity import NLL, kl_divergence, measure
-from ..evaluation.windows import Window, cut, load_documents, window_length
+from ..evaluation.windows import Window, cut, load_documents, reading_note, window_length
 from ..hub import catalog
 from ..inputs import to_path
 from ..loading import load
@@ -90,6 +90,8 @@ def run(args: Namespace) -> int:
     if args.reference_model is not None and args.stride is not None:
         raise RequestError("--stride and --reference-model exclude each other.")
     names: list[str] = args.model or [catalog.TINY]
+    if (note := reading_note(args.data)) is not None:
+        console.say(note)
     documents = load_documents(to_path(args.data), _loading(args, names[0]))
     reference = None
     if args.reference_model is not None:

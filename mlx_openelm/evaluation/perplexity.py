@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import console
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..finite import not_finite
+from ..generation.options import check_number
 from ..model import OpenELM
 from ..ops import distributions
 from ..ops.distributions import LOGIT_ROWS
 from ..text.tokenizer import Tokenizer
-from .windows import Window, cut, load_documents, window_length
+from .windows import Window, cut, load_documents, reading_note, window_length
 
 Progress = Callable[[int, int], None]
 
@@ -74,7 +77,15 @@ def perplexity(
         RequestError: the file cannot be read, the text is shorter than a window, or a bad value.
         OpenELMError: the logits are not finite.
     """
-    documents = load_documents(data) if isinstance(data, str | Path) else data
+    if isinstance(data, str | os.PathLike):
+        path = Path(data)
+        if progress is True and (note := reading_note(path)) is not None:
+            console.say(note)
+        documents = load_documents(path)
+    elif isinstance(data, Sequence) and all(isinstance(document, str) for document in data):
+        documents = list(data)
+    else:
+        raise RequestError(f"data must be the path of a text, or a list of texts, got {quote(data)}.")
     windows = cut(tokenizer, documents, window_length(sequence_length, model.config), stride)
     bar = console.Progress("Measuring", unit="windows") if progress is True else nullcontext(progress or None)
     with bar as show:
@@ -172,8 +183,7 @@ def _batches(
     """Inputs and targets [batch, length] of windows of one length: each without its last token, and its first."""
     if not windows or min(map(len, windows)) < 2:
         raise RequestError("There is nothing to measure: give at least one window of two tokens.")
-    if batch_size < 1:
-        raise RequestError(f"--batch-size must be 1 or more, got {batch_size}.")
+    check_number("--batch-size", batch_size, 1, math.inf, "1 or more", kind=Integral)
     done = 0
     for _, group in itertools.groupby(windows, key=len):  # strided windows end with a shorter one
         equal = list(group)

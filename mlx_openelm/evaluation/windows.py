@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
 from ..errors import RequestError, command_or_call, name_options
-from ..inputs import check_file, read_text_source
+from ..generation.options import check_number
+from ..inputs import check_file, read_text_source, to_path
 from ..messages import warn
 from ..publishing.command_line import command_line
 from ..text.tokenizer import Tokenizer
-from ..wording import install, some
+from ..wording import install, size, some
 
 # The keys of the examples that `lora` reads, apart from plain text (see `training.data.kinds`).
 EXAMPLE_KEYS = ("prompt", "completion", "messages", "instruction", "output", "conversations")
+
+# A text of this many bytes takes about a second to tokenize.
+_SLOW_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ def window_length(length: int | None, config: ModelConfig) -> int:
     """
     if length is None:
         return min(512, config.max_context_length)
-    if not 1 <= length <= config.rope_max_length:
-        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
+    most = config.rope_max_length
+    check_number("--sequence-length", length, 1, most, f"from 1 to {most}", kind=Integral)
     if length > config.max_context_length:
         warning = (
             f"--sequence-length {length} is more than the {config.max_context_length} tokens "
@@ -116,13 +122,21 @@ def _document(path: Path, number: int, line: str, loading: Mapping[str, Any]) ->
     return text
 
 
+def reading_note(path: str | Path) -> str | None:
+    """A line to show before a file is read and tokenized, if that takes more than a second; else None."""
+    file = to_path(path)
+    count = os.path.getsize(file) if os.path.isfile(file) else 0
+    return f"Reading {file.name}, {size(count)}" if count >= _SLOW_BYTES else None
+
+
 def make_windows(tokenizer: Tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
     """Windows of BOS and `length` tokens, cut from the documents joined as BOS, ids, EOS; the remainder is dropped.
 
     Raises:
         RequestError: the text is shorter than one window.
     """
-    return [window.tokens for window in cut(tokenizer, documents, length)]
+    ids = [token for document in documents for token in [*tokenizer.encode(document), tokenizer.eos_token_id]]
+    return [[tokenizer.bos_token_id, *ids[start : start + length]] for start in _starts(len(ids), length)]
 
 
 def cut(tokenizer: Tokenizer, documents: Sequence[str], length: int, stride: int | None = None) -> list[Window]:
@@ -134,16 +148,11 @@ def cut(tokenizer: Tokenizer, documents: Sequence[str], length: int, stride: int
     Raises:
         RequestError: the text is shorter than one window, or a bad stride.
     """
+    if stride is not None:
+        check_number("--stride", stride, 1, length, f"from 1 to the --sequence-length, {length}", kind=Integral)
     ids, sizes = _joined(tokenizer, documents)
     if stride is None:
-        starts = range(0, len(ids) - length + 1, length)
-        if length < 1 or not starts:
-            raise RequestError(
-                f"The text has {len(ids)} tokens, fewer than a window of {length}; give a shorter --sequence-length."
-            )
-        spans = [(start, start, start + length) for start in starts]
-    elif not 1 <= stride <= length:
-        raise RequestError(f"--stride must be from 1 to the --sequence-length, {length}, got {stride}.")
+        spans = [(start, start, start + length) for start in _starts(len(ids), length)]
     else:
         ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)]
         spans = [(max(0, end - length), first, end) for first, end in zip([0, *ends], ends, strict=False)]
@@ -158,17 +167,32 @@ def cut(tokenizer: Tokenizer, documents: Sequence[str], length: int, stride: int
     ]
 
 
+def _starts(tokens: int, length: int) -> range:
+    """Where windows begin that follow one another; RequestError if there is none."""
+    starts = range(0, tokens - length + 1, length)
+    if length < 1 or not starts:
+        raise RequestError(
+            f"The text has {tokens} tokens, fewer than a window of {length}; give a shorter --sequence-length."
+        )
+    return starts
+
+
 def _joined(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
     """The documents joined, each as BOS, ids, EOS; and the bytes and characters that each token stands for."""
     joined: list[int] = []
     sizes: list[tuple[int, int]] = []
+    known: dict[int, tuple[bytes, tuple[int, int]]] = {}  # by token: its text, with its bytes and characters
     for document in documents:
         ids = tokenizer.encode(document)
-        texts = [tokenizer.token_bytes(token) or b"" for token in ids]
+        for token in set(ids) - known.keys():
+            text = tokenizer.token_bytes(token) or b""
+            known[token] = text, (len(text), sum(byte & 0xC0 != 0x80 for byte in text))
+        counted = [known[token][1] for token in ids]
         # The space that a tokenizer puts in front of a text is not in the text.
-        first = next((number for number, text in enumerate(texts) if text), 0)
-        if sum(map(len, texts)) > len(document.encode("utf-8", "surrogatepass")) and texts[first].startswith(b" "):
-            texts[first] = texts[first][1:]
+        first = next((place for place, (count, _) in enumerate(counted) if count), 0)
+        is_longer = sum(count for count, _ in counted) > len(document.encode("utf-8", "surrogatepass"))
+        if is_longer and known[ids[first]][0].startswith(b" "):
+            counted[first] = counted[first][0] - 1, counted[first][1] - 1
         joined += [*ids, tokenizer.eos_token_id]
-        sizes += [(len(text), sum(byte & 0xC0 != 0x80 for byte in text)) for text in [*texts, b""]]
+        sizes += [*counted, (0, 0)]
     return joined, sizes

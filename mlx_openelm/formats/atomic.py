@@ -58,6 +58,7 @@ def new_file(path: Path) -> Iterator[Path]:
 def _partial_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, removed after the block unless it was moved; removes leftovers of dead processes."""
     parent = Path(os.path.realpath(path.parent))
+    check_parents(path)
     try:
         with _lock:
             parent.mkdir(parents=True, exist_ok=True)
@@ -94,15 +95,20 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
         flag: the command's flag for `path`, for messages.
 
     Raises:
-        RequestError: an empty path, the current folder, a file, a folder that exists while `overwrite` is false, or one
-            that is not a model folder, which is never replaced.
+        RequestError: an empty path, the current folder, a file, a path through a file, a folder that exists while
+            `overwrite` is false, or one that is not a model folder, which is never replaced.
     """
-    if str(path) in ("", ".") or _contains(Path(os.path.realpath(to_path(path))), Path.cwd()):
+    try:
+        current = Path.cwd()
+    except FileNotFoundError:
+        raise RequestError("The current folder does not exist any more; change to another.") from None
+    if str(path) in ("", ".") or _contains(Path(os.path.realpath(to_path(path))), current):
         raise RequestError(f"{quote(str(path))} is the current folder or a parent of it; give a new one with {flag}.")
     given, path = to_path(path), Path(os.path.realpath(to_path(path)))
     with _lock:  # another thread may be in the middle of replacing it
         _restore(path)
         if not path.exists():
+            check_parents(path)
             return path
         if not path.is_dir():
             raise RequestError(f"{given} is a file, not a folder.")
@@ -115,6 +121,15 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
                 f"{flag}."
             )
     return path
+
+
+def check_parents(path: Path) -> None:
+    """Refuse a path that leads through a file; folders that do not exist can be made."""
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise RequestError(f"{path} cannot be created: {parent} is a file, not a folder.")
 
 
 def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") -> None:

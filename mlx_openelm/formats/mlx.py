@@ -39,10 +39,11 @@ class Quantization:
             raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {quote(self.mode)}.")
         bits, group_sizes = MODES[self.mode]
         if self.bits not in bits:
-            raise RequestError(f"--q-bits must be {one_of(sorted(bits))} in mode {self.mode}, got {self.bits}.")
+            raise RequestError(f"--q-bits must be {one_of(sorted(bits))} in mode {self.mode}, got {quote(self.bits)}.")
         if self.group_size not in group_sizes:
             raise RequestError(
-                f"--q-group-size must be {one_of(sorted(group_sizes))} in mode {self.mode}, got {self.group_size}."
+                f"--q-group-size must be {one_of(sorted(group_sizes))} in mode {self.mode}, "
+                f"got {quote(self.group_size)}."
             )
 
     @classmethod

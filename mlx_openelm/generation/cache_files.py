@@ -47,10 +47,12 @@ def save_prompt_cache(
         OpenELMError: writing failed.
     """
     path = check_new(file_name, overwrite)
+    if not isinstance(metadata, Mapping | None):
+        raise RequestError(f"metadata must be strings by name, got {quote(metadata)}.")
     notes = dict(metadata or {})
     if not cache:
         raise RequestError("The prompt cache is empty: it has no layers.")
-    offset = cache_offset(cache, len(cache))
+    offset = cache_offset(cache, len(cache) if isinstance(cache, Sequence) else 0)
     if TOKENS in notes:
         tokens = token_ids(notes[TOKENS], _MAX_ID, TOKENS)
         if len(tokens) != offset:

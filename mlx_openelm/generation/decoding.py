@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .. import backend
+from .. import backend, threads
 from ..cache import make_cache, step_caches
 from ..errors import RequestError
 from ..messages import warn
@@ -27,9 +27,9 @@ from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
-from .options import CONSTRAINTS, EMPTY_PROMPT, NOT_LOADED, PENALTIES, CacheOptions, GenerationOptions, token_ids
+from .options import CONSTRAINTS, EMPTY_PROMPT, NOT_UTF8, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
-from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
+from .sampling import LogitsProcessor, Sampler, check_functions, greedy, make_key, make_logits_processors, make_sampler
 
 if TYPE_CHECKING:
     from .constraints import Constraint
@@ -72,14 +72,20 @@ def make_request(
     Args:
         constraint: what `make_constraint` makes of `options`; by default it is made here.
     """
-    if isinstance(model, str):
-        raise RequestError(NOT_LOADED.format(model))
+    if threads.forked:
+        raise RequestError(threads.FORKED)
     options.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(EMPTY_PROMPT)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise RequestError(NOT_UTF8) from None
         is_rendered = prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
+    if sampler is not None or logits_processors is not None:
+        sampler = check_functions(sampler, logits_processors)
     if sampler is not None:
         options.check_sampler()
     elif options.temp > 0:
@@ -228,15 +234,27 @@ def make_decoder(
             raise RequestError(
                 f"prompt_cache_tokens has {len(context)} ids, but the prompt cache has seen {past} tokens."
             )
-    if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
-        warn(
-            f"Penalties see only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens "
-            "(files of `mlx-openelm cache-prompt` have them)."
-        )
+    if past > len(context) and logits_processors:
+        _warn_of_unseen(logits_processors, past, len(ids))
     # The last token needs no position, since nothing is computed from it.
     room = config.rope_max_length - total + 1
     decoder = Decoder(model, cache, options, logits_processors=logits_processors, context=context)
     return decoder, ids, room if max_tokens < 0 else min(max_tokens, room)
+
+
+def _warn_of_unseen(logits_processors: Sequence[LogitsProcessor], past: int, count: int) -> None:
+    """Warn that processors miss the ids of the `past` tokens in a cache; a prompt of `count` follows them."""
+    unknown = [process for process in logits_processors if not hasattr(process, "context_size")]
+    if any(process.context_size > count for process in logits_processors if process not in unknown):  # type: ignore[attr-defined]
+        seen = "Penalties see"
+    elif unknown:
+        seen = "Logits processors are given"
+    else:
+        return
+    warn(
+        f"{seen} only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens "
+        "(files of `mlx-openelm cache-prompt` have them)."
+    )
 
 
 def decode(

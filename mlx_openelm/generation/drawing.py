@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, quote
 from ..finite import not_finite
 from ..messages import warn
 from ..model import OpenELM
@@ -33,6 +33,8 @@ def process_logits(processors: Sequence[LogitsProcessor], context: mx.array, log
     shape = logits.shape
     for process in processors:
         logits = process(context, logits)
+        if not isinstance(logits, mx.array):
+            raise RequestError(f"A logits processor must return the new logits, got {quote(logits)}.")
     if logits.shape != shape:
         raise RequestError(f"A logits processor returned {logits.shape} for logits {shape}.")
     return logits

@@ -37,7 +37,7 @@ from .drawn import Draws, read
 from .keywords import GenerationKeywords
 from .lookup import EarlierTexts
 from .memory import Budget, held_bytes, model_bytes
-from .options import NOT_LOADED, GenerationOptions, check_number
+from .options import GenerationOptions, check_number
 from .piece import Piece
 from .prefix_tree import PrefixTree
 from .row import Row
@@ -86,8 +86,6 @@ class Engine:
         exact_prefixes: bool = False,
         prompts_first: bool = False,
     ):
-        if isinstance(model, str):
-            raise RequestError(NOT_LOADED.format(model))
         check_number("--max-rows", max_rows, 1, math.inf, "a whole number, 1 or above", kind=Integral)
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.adapters, self.prefixes, self.prompts_first = adapters, prefixes, prompts_first

@@ -11,7 +11,7 @@ from ..errors import RequestError, quote
 from ..model import OpenELM
 from .decoding import Progress, decode, make_decoder
 from .options import CacheOptions, GenerationOptions
-from .sampling import LogitsProcessor, Sampler, greedy
+from .sampling import LogitsProcessor, Sampler, check_functions, greedy
 
 
 def generate_step(
@@ -50,6 +50,7 @@ def generate_step(
         raise RequestError(f"options must be CacheOptions or GenerationOptions, got {quote(options)}.")
     options.validate(model.config.vocab_size, model.config.head_dim)
     GenerationOptions(max_tokens=max_tokens, prefill_step_size=prefill_step_size).validate()
+    sampler = check_functions(sampler, logits_processors) or greedy
     decoder, ids, count = make_decoder(
         model,
         prompt,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError, quote
-from ..inputs import read_text_source, to_path
+from ..inputs import check_characters, read_text_source, to_path
 
 # JSON without white space between its parts. A schema can ask for it: {"x-guidance": {"whitespace_flexible": true}}.
 _COMPACT: Any = {"whitespace_flexible": False}
@@ -21,7 +22,7 @@ _UNICODE_ESCAPE = re.compile(r"(\\\\)|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
 def as_grammar(name: str, value: Any) -> str:
     """The grammar of a constraint, by the name and the value of its option; `RequestError` for a bad value."""
-    return _KINDS[name](value)
+    return _KINDS[name](os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _json_schema(value: str | Mapping[str, Any]) -> str:
@@ -68,7 +69,7 @@ def _regex(value: str) -> str:
 
     if not isinstance(value, str):
         raise RequestError(f"--regex must be text, got {quote(value)}.")
-    _check_characters("--regex", value)
+    check_characters("--regex", value)
     if (len(value) - len(value.rstrip("\\"))) % 2:  # llguidance would drop it
         raise RequestError("--regex ends with a backslash that escapes nothing; double it, or leave it out.")
     return LLMatcher.grammar_from_regex(value)
@@ -88,7 +89,7 @@ def _grammar(value: str) -> str:
         raise RequestError(f"--grammar must be text, got {quote(value)}.")
     if not is_grammar(value):
         value = _read(value, "--grammar", "a grammar")
-    _check_characters("--grammar", value)
+    check_characters("--grammar", value)
     if not _LARK.search(value):
         if "::=" not in value:
             raise RequestError("--grammar is neither Lark, with a rule `start:`, nor GBNF, with a rule `root ::=`.")
@@ -122,7 +123,7 @@ def _choice(value: str | Sequence[str]) -> str:
     if not isinstance(choices, Sequence) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise RequestError(f"--choice must be texts that are not empty, got {quote(value)}.")
     for choice in choices:
-        _check_characters("--choice", choice)
+        check_characters("--choice", choice)
     return LLMatcher.grammar_from_regex("|".join(map(_literal, dict.fromkeys(choices))))
 
 
@@ -140,14 +141,6 @@ def _read(name: str, source: str, wanted: str) -> str:
         return read_text_source(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError(f"{name} is not UTF-8 text; {source} needs {wanted}.") from None
-
-
-def _check_characters(source: str, text: str) -> None:
-    """Raise a `RequestError` for what cannot be written in UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{source} has half of a surrogate pair, which is not a character: {quote(text)}.") from None
 
 
 _KINDS: dict[str, Callable[[Any], str]] = {

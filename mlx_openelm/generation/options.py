@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..cache import check_window
 from ..errors import RequestError, quote
+from ..inputs import check_characters
 from ..options import Option, Options
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
@@ -29,7 +30,7 @@ PENALTIES = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
-NOT_LOADED = "model must be a loaded model, not its name: model, tokenizer = load({!r})"
+NOT_UTF8 = "The prompt is not UTF-8 text; give the prompt in UTF-8."
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,11 +195,11 @@ class CacheOptions(Options):
         if self.max_kv_size is not None:
             raise RequestError("--kv-bits cannot be combined with --max-kv-size.")
         if type(self.kv_bits) is not int or self.kv_bits not in (2, 3, 4, 5, 6, 8):
-            raise RequestError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
+            raise RequestError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {quote(self.kv_bits)}.")
         dim = 128 if head_dim is None else head_dim  # 128 can be divided by every group size
         size = self.group_size(dim)
         if type(size) is not int or size not in (32, 64, 128) or dim % size:
-            raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {size}.")
+            raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {quote(size)}.")
 
     def group_size(self, head_dim: int) -> int:
         """`kv_group_size`, or its default for this head_dim."""
@@ -332,9 +333,16 @@ def check_number(flag: str, value: object, low: float, high: float, expected: st
     Args:
         expected: the rest of the sentence "--flag must be", for the message.
     """
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
-        got = quote(value) if isinstance(value, str) else value
-        raise RequestError(f"{flag} must be {expected}, got {got}")
+    is_kind = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_kind or not low <= value <= high:  # type: ignore[operator]
+        number = "a number" if kind is Real else "a whole number"
+        if not is_kind and expected.startswith(("between", "from")):
+            expected = f"{number} {expected}"
+        elif not is_kind and expected[0].isdigit():
+            expected = f"{number}, {expected}"
+        # The `repr` of NumPy's numbers has their type.
+        got = float(value) if isinstance(value, Real) and not isinstance(value, int) else value
+        raise RequestError(f"{flag} must be {expected}, got {quote(got)}")
 
 
 def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
@@ -364,6 +372,7 @@ def check_stop(stop: Any) -> None:
     """Raise a `RequestError` unless it is text and not empty."""
     if not isinstance(stop, str) or not stop:
         raise RequestError(f"--stop must be text that is not empty, got {quote(stop)}")
+    check_characters("--stop", stop)
 
 
 def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from .options import CacheOptions
 
 
@@ -19,6 +19,8 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
         RequestError: there is not one cache per layer, they are not key-value caches of one sequence, or their
             positions differ.
     """
+    if not isinstance(cache, Sequence):
+        raise RequestError(f"The prompt cache must be a list of caches, one for each layer, got {quote(cache)}.")
     if len(cache) != num_layers:
         raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
     for layer in cache:
@@ -26,6 +28,8 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
             raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")
         if isinstance(layer.offset, mx.array) and layer.offset.size != 1:
             raise RequestError(f"The prompt cache holds {layer.offset.size} sequences; one can be continued at a time.")
+    if len(set(map(id, cache))) < num_layers:
+        raise RequestError("The prompt cache has the same object for several layers; make one with make_prompt_cache.")
     offsets = {int(layer.offset) for layer in cache}
     if len(offsets) > 1:
         raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")

@@ -17,10 +17,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 
+from ..errors import RequestError, quote
 from ..ops.layers import log_softmax
 from .options import SamplingParams, check_seed
 
@@ -230,13 +232,43 @@ def toss(key: mx.array, rows: int, probability: float) -> mx.array:
     return mx.random.uniform(shape=(rows, 1), key=key) < probability
 
 
+def check_functions(sampler: Any, logits_processors: Any) -> Sampler | None:
+    """A sampler of the caller's own, whose results will be checked too; `logits_processors` are the caller's as well.
+
+    Raises:
+        RequestError: the sampler is no function, or the processors are no list of functions.
+    """
+    if logits_processors is not None:
+        is_list = isinstance(logits_processors, Sequence) and all(map(callable, logits_processors))
+        if not is_list:
+            raise RequestError(f"logits_processors must be a list of functions, got {quote(logits_processors)}.")
+    if sampler is None or sampler is greedy or isinstance(sampler, TextSampler):
+        return sampler
+    if not callable(sampler):
+        raise RequestError(f"sampler must be a function, got {quote(sampler)}.")
+
+    def sample(logprobs: mx.array) -> mx.array:
+        """Log-probabilities [B, vocab] to tokens [B]."""
+        tokens = sampler(logprobs)
+        if not isinstance(tokens, mx.array):
+            raise RequestError(f"The sampler must return an array of tokens, got {quote(tokens)}.")
+        if tokens.shape != logprobs.shape[:1] or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise RequestError(
+                f"The sampler must return whole numbers of shape {logprobs.shape[:1]}, got {tokens.dtype} of shape "
+                f"{tokens.shape}."
+            )
+        return tokens
+
+    return sample
+
+
 def make_logits_processors(params: SamplingParams) -> list[LogitsProcessor]:
     """The bias and the penalties that are on, in the order in which they apply; mlx-lm can call them too.
 
     Each maps (tokens [n], logits [B, vocab]) to new logits [B, vocab], in a new array. `tokens` is the
     prompt and what was generated after it, the same for all rows (usually one). The result is float32: a small
-    penalty would be lost against a half-precision logit. Processors that do not read `tokens` have the attribute
-    `reads_context` set to False. RequestError for a bad value.
+    penalty would be lost against a half-precision logit. Their attribute `context_size` is how many of the last
+    `tokens` they read. RequestError for a bad value.
     """
     params.validate()
     processors: list[LogitsProcessor] = []
@@ -259,7 +291,7 @@ def _logit_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
         """Logits [B, vocab] to new logits [B, vocab]."""
         return logits.astype(mx.float32).at[:, tokens_with_bias].add(biases)
 
-    add_bias.reads_context = False  # type: ignore[attr-defined]
+    add_bias.context_size = 0  # type: ignore[attr-defined]
     return add_bias
 
 
@@ -287,6 +319,7 @@ def _once_per_token(change: Callable[[mx.array], mx.array], context_size: int | 
         index = mx.broadcast_to(context, (logits.shape[0], context.size))  # [B, n]
         return mx.put_along_axis(logits, index, change(mx.take_along_axis(logits, index, axis=-1)), axis=-1)
 
+    process.context_size = math.inf if context_size is None else context_size  # type: ignore[attr-defined]
     return process
 
 
@@ -301,6 +334,7 @@ def _frequency_penalty(penalty: float, context_size: int | None) -> LogitsProces
         counts = mx.zeros(logits.shape[-1]).at[context].add(1.0)  # [vocab]
         return logits - penalty * counts
 
+    process.context_size = math.inf if context_size is None else context_size  # type: ignore[attr-defined]
     return process
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import RequestError, quote
 from ..evaluation.likelihoods import DEFAULT_BATCH_SIZE
+from ..generation.options import check_number
 from ..inputs import read_json, to_path
-from ..options import Option, Options
-from ..wording import one_of
+from ..options import Option, Options, paths_as_text
+from ..wording import flag, one_of
 
 SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization")
 MODES = ("paper", "current")
@@ -119,6 +122,7 @@ class EvaluateOptions(Options):
     ] = False
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         for name, choices in (("suite", SUITES), ("mode", MODES)):
             if (value := getattr(self, name)) is not None and value not in choices:
                 raise RequestError(f"--{name} must be {one_of(choices)}, got {quote(value)}.")
@@ -127,10 +131,9 @@ class EvaluateOptions(Options):
         object.__setattr__(self, "batch_size", batch_size(self.batch_size))
         if self.suite is None and not self.task_names:
             raise RequestError("There is nothing to run: give a --suite, or some --tasks.")
-        if self.limit is not None and self.limit < 1:
-            raise RequestError(f"--limit must be 1 or more, got {self.limit}.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise RequestError(f"--num-fewshot must be 0 or more, got {self.num_fewshot}.")
+        for name, least in (("limit", 1), ("num_fewshot", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_number(flag(name), value, least, math.inf, f"{least} or more", kind=Integral)
         if self.limit is not None and self.samples is not None:
             raise RequestError("--limit and --samples exclude each other.")
         if self.log_samples and self.output is None:

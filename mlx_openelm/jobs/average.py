@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..formats import atomic
 from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
@@ -57,6 +58,8 @@ def average(
         RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
         OpenELMError: a download, reading or writing failed, or a file changed meanwhile; nothing was left behind.
     """
+    if isinstance(models, str | os.PathLike) or not isinstance(models, Sequence):
+        raise RequestError(f"models must be a list of checkpoints, got {quote(models)}.")
     if len(models) < 2:
         raise RequestError("An average needs at least two checkpoints.")
     dtype = dtype_name(dtype)

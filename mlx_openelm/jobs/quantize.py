@@ -15,6 +15,7 @@ import mlx.core as mx
 from .. import backend, console
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..evaluation.windows import reading_note
 from ..formats import atomic
 from ..formats.mlx import Checkpoint, Quantization, scale_dtype
 from ..formats.packing import bits_per_weight
@@ -95,7 +96,7 @@ def quantize(
         overwrite: replace `mlx_path` if it exists.
         progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
             None or False shows none.
-        say: called with a line that estimates the time of a long report; by default it is printed between the bars.
+        say: called with a line about what takes long, such as a report; by default it is printed between the bars.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -208,6 +209,9 @@ class _Run:
         """Read the text, known sensitivities, and the full model; takes the weights out of `source`."""
         if self.options.sensitivities is not None:
             self.sensitivities = sensitivity.read(to_path(self.options.sensitivities), self.config)
+        for file in (self.options.calibration, self.options.report_data):
+            if file is not None and (note := reading_note(file)) is not None:
+                self.say(note)
         self.text = read_text(source.tokenizer, self.config, self.options)
         self.progress("Loading", 0, 1)
         with source.reading():

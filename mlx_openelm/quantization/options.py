@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..errors import RequestError
+from ..generation.options import check_number
 from ..inputs import to_path
-from ..options import Option, Options
+from ..options import Option, Options, paths_as_text
 from ..wording import flag
 from .learned import parse_methods
 from .recipes import BITS, GROUP_SIZE, Packing
@@ -113,13 +116,13 @@ class QuantizeOptions(Options):
     ] = None
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         object.__setattr__(self, "method", parse_methods(self.method))
         if self.target_bpw is not None:
             given = [name for name in _WRITING if name != "target_bpw" and getattr(self, name) is not None]
             if given:
                 raise RequestError(f"--target-bpw chooses bits and groups itself; leave {flag(given[0])} out.")
-            if not 0 < self.target_bpw < math.inf:
-                raise RequestError(f"--target-bpw must be a positive number, got {self.target_bpw:g}.")
+            check_number("--target-bpw", self.target_bpw, math.ulp(0.0), sys.float_info.max, "a positive number")
         if self.q_mode not in (None, "affine") and self.method:
             raise RequestError(f"--method needs scales to learn, which --q-mode {self.q_mode} does not have.")
         self.packing()
@@ -135,8 +138,8 @@ class QuantizeOptions(Options):
         if self.calibration is not None and self.report_data is not None and not self.is_learned:
             raise RequestError("With --report-data, only --target-bpw and --method read --calibration.")
         for name, least in (("num_samples", 1), ("sequence_length", _MIN_SEQUENCE_LENGTH)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise RequestError(f"{flag(name)} must be {least} or more, got {value}.")
+            if (value := getattr(self, name)) is not None:
+                check_number(flag(name), value, least, math.inf, f"{least} or more", kind=Integral)
         for name in _FILE_FLAGS:
             if (value := getattr(self, name)) is not None and not to_path(value).is_file():
                 raise RequestError(f"{flag(name)} must name a file; {value} is not one.")

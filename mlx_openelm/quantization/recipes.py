@@ -16,6 +16,7 @@ from ..formats.mlx import Checkpoint, Quantization
 from ..formats.packing import Plan
 from ..ops.packed import MODES
 from ..options import Option, Options
+from ..wording import flag
 
 # What `--help` gives as the defaults; they depend on the mode.
 BITS, GROUP_SIZE = "4, or the mode's", "64, or the mode's"
@@ -67,9 +68,10 @@ class Packing(Options):
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
             raise RequestError("Choose either -q or --dequantize.")
-        given = (self.q_bits, self.q_group_size, self.q_mode, self.recipe)
-        if not self.quantize and given != (None, None, "affine", None):
-            raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
+        names = ("q_bits", "q_group_size", "q_mode", "recipe")
+        given = [flag(name) for name in names if getattr(self, name) not in (None, "affine")]
+        if given and not self.quantize:
+            raise RequestError(f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} -q.")
         self._planner()
 
     def check(self, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -161,7 +162,10 @@ class Tokenizer(TransformersInterface):
         `add_special_tokens`, in place of the other two, is for mlx-lm and other programs that render a chat to text
         first: control tokens in the text become their ids, as in transformers. True puts BOS in front unless the text
         begins with it; False does not.
+        Raises `RequestError` for anything but a text.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"Text to encode must be a string, got {quote(text)}; encode several one by one")
         if add_special_tokens is not None:
             return self._encode_with_control_tokens(_replace_surrogates(text), add_special_tokens)
         if as_message and self._engine.special_beyond:
@@ -179,10 +183,14 @@ class Tokenizer(TransformersInterface):
         BOS, EOS and other control tokens have no text unless `skip_special_tokens` is false, unknown ids have none; the
         unknown token becomes " \u2047 "; the space that encoding put in front is removed; a byte that is not UTF-8
         becomes U+FFFD.
+        Raises `RequestError` for anything but whole numbers.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        given = ids.tolist() if hasattr(ids, "tolist") else ids
+        ids = [given] if isinstance(given, Integral) else list(given) if isinstance(given, Iterable) else [None]
+        if not all(isinstance(token_id, Integral) for token_id in ids):
+            raise RequestError(f"Ids to decode must be whole numbers in a flat list, got {quote(given)}")
         decoder, texts = self.streaming_decoder(), []
-        for token_id in [ids] if isinstance(ids, int) else ids:
+        for token_id in ids:
             texts.append(decoder.add(token_id))
             if not skip_special_tokens and self._engine.is_control(token_id):
                 texts.append(self.id_to_token(token_id))

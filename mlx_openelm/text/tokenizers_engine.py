@@ -10,6 +10,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e9950
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
-# Characters from which on encoding takes tens of milliseconds.
-_LONG = 20_000
+# A longer text is encoded in parts of this many characters, where these give its ids: the package's time for a text
+# grows faster than its length, and a megabyte takes more than twice as long in one piece.
+_LONG_TEXT = 1 << 13
+_SPACE_BETWEEN = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 
 
 class TokenizersEngine:
@@ -77,7 +80,7 @@ class TokenizersEngine:
         reserved = self.control_tokens.keys() | (BYTE_TOKENS if spec.byte_fallback else set())
         if not reserved.isdisjoint(map("".join, spec.merges)):
             spec.merges = [pair for pair in spec.merges if "".join(pair) not in reserved]
-        found = [token for token in spec.added if token.content not in self.control_tokens]
+        found = self._found = [token for token in spec.added if token.content not in self.control_tokens]
         # SentencePiece also puts the space in front of a text that starts with one of its user-defined pieces.
         own = [token.content for token in found if token.content in spec.vocab]
         self._own = tuple(own) if spec.adds_space and spec.first_only else ()
@@ -135,16 +138,27 @@ class TokenizersEngine:
         Added tokens are found in the text, but not the model's own control tokens. While a long text is encoded, other
         threads go on.
         """
-        tokenizer = self._start if start else self._later
-        if len(text) < _LONG:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        encoder = self._start if start else self._later
+        if len(text) <= _LONG_TEXT:
+            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         else:
-            # Unless this is set, a batch of one counts as parallel work, and the package warns when the process forks.
+            # Unless this is set, a batch counts as parallel work, and the package warns when the process forks later.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            text, *rest = _cut_between_words(text) if self._words_are_apart else [text]
+            space = "" if self.spec.adds_space and not self.spec.first_only else " "  # or it is put there
+            found = encoder.encode_batch_fast([text], add_special_tokens=False)
+            found += self._later.encode_batch_fast([space + part for part in rest], add_special_tokens=False)
+            ids = [token for encoding in found for token in encoding.ids]
         if start and self._own and text.startswith(self._own) and self._pieces[ids[0]] in self._own:
             ids = [*(token.id for token in self._start.model.tokenize(SPACE)), *ids]
         return ids
+
+    @cached_property
+    def _words_are_apart(self) -> bool:
+        """Whether a text that is cut between two words has the ids of its parts: no piece or added token spans them."""
+        spec = self.spec
+        is_plain = not (spec.scores or spec.ignore_merges or self._found)
+        return is_plain and not any(SPACE in piece.lstrip(SPACE) for piece in spec.vocab)
 
     def id_to_token(self, token_id: int) -> str | None:
         """The text of a token; None for ids out of range."""
@@ -251,6 +265,15 @@ def _difference(engine: TokenizersEngine, model_file: Path) -> str | None:
         if kind == NORMAL and engine.token_to_id(piece) != token_id:
             return f"{quote(piece)} is token {engine.token_to_id(piece)} and token {token_id}"
     return None
+
+
+def _cut_between_words(text: str) -> list[str]:
+    """A text in parts of about `_LONG_TEXT` characters, without the space between them."""
+    parts, start = [], 0
+    while found := _SPACE_BETWEEN.search(text, start + _LONG_TEXT):
+        parts.append(text[start : found.start()])
+        start = found.end()
+    return [*parts, text[start:]]
 
 
 def _after_the_first(pieces: Iterable[str]) -> str:

@@ -85,7 +85,7 @@ class FineTuned:
 
 
 def finetune(
-    model: str,
+    model: str | Path,
     options: FineTuneOptions,
     *,
     loading: Loading = _DEFAULT_LOADING,
@@ -113,7 +113,7 @@ def finetune(
 
 def tune(
     method: Method,
-    model: str,
+    model: str | Path,
     options: FineTuneOptions,
     loading: Loading,
     overwrite: bool,
@@ -129,10 +129,10 @@ def tune(
             listener = Listener()
         elif listener is None:
             listener = shown.enter_context(RunProgress()) if progress else Listener()
-        request = Request(model, options, loading, overwrite, processes, listener)
+        request = Request(str(model), options, loading, overwrite, processes, listener)
         previous = check(request)
         prepared = method.prepare(request)
-        same = [model, to_dict(options), prepared.fingerprint(), prepared.model.config.to_dict()]
+        same = [request.model, to_dict(options), prepared.fingerprint(), prepared.model.config.to_dict()]
         processes.check_equal("data, options or models", json.dumps(same))
         return _train(method, request, prepared, previous) if options.train else _test(method, request, prepared)
 

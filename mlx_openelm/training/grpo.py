@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from mlx.utils import tree_flatten
 
@@ -33,7 +34,7 @@ _DEFAULT_LOADING = Loading()
 
 
 def grpo(
-    model: str,
+    model: str | Path,
     options: GRPOOptions,
     *,
     reward_funcs: Sequence[RewardFunction] = (),

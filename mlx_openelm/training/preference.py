@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from ..errors import RequestError, name_options
 from ..loading import load
@@ -28,7 +29,7 @@ _DEFAULT_LOADING = Loading()
 
 
 def dpo(
-    model: str,
+    model: str | Path,
     options: PreferenceOptions,
     *,
     loading: Loading = _DEFAULT_LOADING,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import backend
+from ..errors import RequestError
 from ..evaluation.flops import measured_peak, training_flops
 from ..inputs import to_path
 from ..loading import dtype_for
 from ..messages import warn
+from ..model import OpenELM
 from .config_file import to_dict
 from .data.corpus.loader import PretrainingData
 from .options.corpus import CORENET
@@ -105,6 +109,8 @@ def pretrain(
         RequestError: a request that cannot work; nothing was trained.
         OpenELMError: a loss that is not finite, a full disk, or a lost process; the last checkpoint is intact.
     """
+    if isinstance(model, OpenELM):  # a mapping too, as MLX's modules are
+        raise RequestError("model must be a name, a path or sizes, not a loaded model.")
     if (warning := backend.slow_training_warning()) is not None:
         warn(warning)
     processes = Processes()
@@ -113,6 +119,7 @@ def pretrain(
             listener = Listener()
         elif listener is None:
             listener = shown.enter_context(RunProgress()) if progress else Listener()
+        model = Path(model) if isinstance(model, os.PathLike) else model
         request = Request(model, options, loading, overwrite, processes, listener)
         previous = pretraining.check(request)
         origin = start(model, loading, seed=options.seed, max_seq_length=options.max_seq_length)

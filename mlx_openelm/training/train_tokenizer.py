@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from .. import console
 from ..errors import RequestError
 from ..formats import atomic
-from ..inputs import to_path
+from ..inputs import path_list, to_path
 from ..text.sentencepiece_training import NUM_SPECIAL, lines_of, train_model
 from ..text.tokenizer import Tokenizer
 from .data.corpus.documents import read_texts
@@ -64,8 +65,8 @@ def train_tokenizer(
     """
     chosen = TokenizerOptions(**options)
     target = check_new(output)
-    paths = [data] if isinstance(data, str | Path) else data
-    files = [file for path in paths for file in find_files(Source(str(path)), "train", chosen.text_key)]
+    sources = [Source(os.fspath(path)) for path in path_list(data, "--data")]
+    files = [file for source in sources for file in find_files(source, "train", chosen.text_key)]
     if not files:
         raise RequestError("--data is missing: name a file or a folder with text.")
     with console.stages(progress) as show:

@@ -66,6 +66,7 @@ class Report:
         num_truncated: the examples that were truncated.
         num_emptied: truncated examples that have nothing left to learn.
         num_unlearned: all examples that have nothing to learn; they have no loss.
+        num_empty: examples without text, of which only the end is learned.
         sample: the first example with something to learn, as pieces of text with whether they are learned.
     """
 
@@ -78,6 +79,7 @@ class Report:
     num_truncated: int
     num_emptied: int
     num_unlearned: int
+    num_empty: int
     sample: tuple[tuple[str, bool], ...]
 
     sample_title = "An example, with what is learned between ⟦ and ⟧:"
@@ -100,6 +102,8 @@ class Report:
             )
         if self.num_unlearned > self.num_emptied:
             yield f"{split}: {self.num_unlearned - self.num_emptied:,} have nothing to learn"
+        if self.num_empty:
+            yield f"{split}: {self.num_empty:,} have no text, so that only its end is learned"
 
 
 def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
@@ -200,6 +204,7 @@ def tokenize(
         num_truncated=num_truncated,
         num_emptied=num_emptied,
         num_unlearned=sum(not example.learned for example in examples),
+        num_empty=sum(bool(example.learned) and length <= 2 for example, length in zip(examples, lengths, strict=True)),
         sample=tuple(show(sample, tokenizer)),
     )
     return Examples(examples, report)

@@ -10,7 +10,7 @@ from typing import Annotated
 from ...errors import RequestError, quote
 from ...formats.adapter import TARGET_MODULES
 from ...formats.mlx_adapter import FINE_TUNE_TYPES
-from ...options import Option, Options
+from ...options import Option, Options, paths_as_text
 from ...wording import did_you_mean, flag, one_of
 from ..data.examples import LONG_EXAMPLES
 from . import trackers
@@ -214,6 +214,7 @@ class TrainOptions(Options):
         return LAYERS if self.grad_checkpoint else self.recompute
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         for field, kind in field_types(type(self)).items():
             with contextlib.suppress(ValueError):  # `check` reports it
                 object.__setattr__(self, field, conform(kind, getattr(self, field)))

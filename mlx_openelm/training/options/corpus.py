@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...errors import RequestError, quote
-from ...options import Option, Options
+from ...options import Option, Options, paths_as_text
 from ...wording import flag, one_of
 from .source import Source
 from .values import check_range, conform, field_types
@@ -118,6 +118,7 @@ class DataOptions(Options):
         return max(1, min(_MOST_WORKERS, (os.cpu_count() or 2) - 1))
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         for field, kind in field_types(type(self)).items():
             with contextlib.suppress(ValueError):  # `check_data` reports it
                 object.__setattr__(self, field, conform(kind, getattr(self, field)))

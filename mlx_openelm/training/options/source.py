@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,14 +39,14 @@ def to_sources(value: Any) -> tuple[Source, ...]:
 def _to_source(value: Any) -> Source:
     if isinstance(value, Source):
         return value
-    if isinstance(value, str):
-        return Source(value)
+    if isinstance(value, str | os.PathLike):
+        return Source(os.fspath(value))
     if not isinstance(value, Mapping) or not {"path"} <= set(value) <= {"path", "weight", "text_key"}:
         raise ValueError(_EXPECTED)
     path, weight, text_key = value["path"], value.get("weight", 1.0), value.get("text_key")
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not isinstance(path, str) or not isinstance(text_key, str | None):
+    if not isinstance(path, str | os.PathLike) or not isinstance(text_key, str | None):
         raise ValueError(_EXPECTED)
     if not is_number or not 0 < weight <= sys.float_info.max:
         raise ValueError(f"{_EXPECTED}, with a weight of more than 0")
-    return Source(path, float(weight), text_key)
+    return Source(os.fspath(path), float(weight), text_key)

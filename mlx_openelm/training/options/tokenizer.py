@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Annotated
 
-from ...errors import RequestError
+from ...generation.options import check_number
 from ...options import Option, Options
+from ...wording import flag
 
 _MOST_TOKENS = 1 << 20  # as many as a model may have
 
@@ -37,11 +40,7 @@ class TokenizerOptions(Options):
     ] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.vocab_size <= _MOST_TOKENS:
-            raise RequestError(f"--vocab-size must be 1 to {_MOST_TOKENS}, got {self.vocab_size}.")
-        if not 0.98 <= self.character_coverage <= 1:
-            raise RequestError(f"--character-coverage must be 0.98 to 1, got {self.character_coverage}.")
-        if self.input_sentence_size < 0:
-            raise RequestError(f"--input-sentence-size must be 0 or more, got {self.input_sentence_size}.")
-        if self.seed < 0:
-            raise RequestError(f"--seed must be 0 or more, got {self.seed}.")
+        check_number("--vocab-size", self.vocab_size, 1, _MOST_TOKENS, f"1 to {_MOST_TOKENS}", kind=Integral)
+        check_number("--character-coverage", self.character_coverage, 0.98, 1, "0.98 to 1")
+        for name in ("input_sentence_size", "seed"):
+            check_number(flag(name), getattr(self, name), 0, math.inf, "0 or more", kind=Integral)

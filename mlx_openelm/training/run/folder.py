@@ -99,6 +99,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool, folder_flag: str 
     """
     if path.exists() and not path.is_dir():
         raise RequestError(f"{folder_flag} {path} is a file, not a folder.")
+    atomic.check_parents(path)
     if resume and overwrite:
         raise RequestError("--resume continues a run and --overwrite removes it; give one of them.")
     if resume and not (path / RUN).is_file():

@@ -17,6 +17,7 @@ from ...errors import RequestError, name_options
 from ...hub import catalog
 from ...loading import dtype_name, load
 from ...model import OpenELM
+from ...options import paths_as_text
 from ...text.chat_template import CORENET_TEMPLATE
 from ...text.tokenizer import Tokenizer
 from ..data import examples as supervised
@@ -44,6 +45,7 @@ class Loading:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         # By its full name, which can be recorded, and compared when a run is resumed.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
 

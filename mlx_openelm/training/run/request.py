@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...adapters.files import find_local
+from ...adapters.files import check_adapter_folder, find_local
 from ...errors import RequestError, name_options
 from ...hub import catalog
 from ...inputs import to_path
@@ -86,6 +86,8 @@ def check(request: Request) -> dict[str, Any] | None:
             f"There is no adapter in {options.adapter_path}; give --adapter-path the folder that holds one, "
             "or '' to test the base model."
         )
+    if not options.train and request.tests_adapter and (folder := find_local(options.adapter_path)) is not None:
+        check_adapter_folder(folder)
     return previous
 
 
