@@ -47,7 +47,7 @@ class TrainingTasks:
             from . import lm_tasks
 
             lm_tasks.prepare()
-            lm_tasks.check(others, None if data is None else to_path(data))
+            lm_tasks.check(others, None if data is None else to_path(data), "--eval-tasks-data")
             self._options.append(EvaluateOptions(tasks=tuple(others), **common))
         if not self._options:
             raise RequestError("--eval-tasks names no task.")
