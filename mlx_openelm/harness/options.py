@@ -18,6 +18,7 @@ SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization
 MODES = ("paper", "current")
 # Suites that need no lm-eval, and the options that are only for its tasks.
 OWN_PROMPTS = ("commonsense", "memorization")
+_MOST_SEED = 2**32 - 1  # NumPy's, with which lm-eval draws
 _OF_LM_EVAL = (
     *("num_fewshot", "include_path", "apply_chat_template", "chat_template", "fewshot_as_multiturn"),
     *("system_instruction", "gen_kwargs"),
@@ -131,6 +132,8 @@ class EvaluateOptions(Options):
             raise RequestError(f"--limit must be 1 or more, got {self.limit}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise RequestError(f"--num-fewshot must be 0 or more, got {self.num_fewshot}.")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise RequestError(f"--seed must be 0 to {_MOST_SEED}, got {quote(self.seed)}.")
         if self.limit is not None and self.samples is not None:
             raise RequestError("--limit and --samples exclude each other.")
         if self.log_samples and self.output is None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from ...errors import RequestError
 from ...options import Option, Options
+from .values import check_range
 
 _MOST_TOKENS = 1 << 20  # as many as a model may have
 
@@ -43,5 +44,4 @@ class TokenizerOptions(Options):
             raise RequestError(f"--character-coverage must be 0.98 to 1, got {self.character_coverage}.")
         if self.input_sentence_size < 0:
             raise RequestError(f"--input-sentence-size must be 0 or more, got {self.input_sentence_size}.")
-        if self.seed < 0:
-            raise RequestError(f"--seed must be 0 or more, got {self.seed}.")
+        check_range("seed", self.seed)
