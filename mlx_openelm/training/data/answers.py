@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
+from ...wording import counted, subject
 from .conversations import check_texts, conversation, with_system
 from .examples import OWN_TEMPLATE, Example, Progress, marked, show
 from .kinds import Record
@@ -101,18 +101,17 @@ class AnswersReport:
             f"{self.num_targets:,} of them in completions; the longest has {self.longest:,}"
         )
         if self.num_prompts_cut:
-            yield name_options(f"{split}: {self.num_prompts_cut:,} prompts were cut to --max-prompt-length")
+            were = subject(self.num_prompts_cut, "prompt", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-prompt-length")
         if self.num_truncated:
-            yield name_options(
-                f"{split}: {self.num_truncated:,} completions were cut to --max-seq-length {max_seq_length}"
-            )
+            were = subject(self.num_truncated, "completion", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-seq-length {max_seq_length}")
         if self.num_dropped:
-            yield name_options(
-                f"{split}: {self.num_dropped:,} were left out: their prompts alone fill "
-                f"--max-seq-length {max_seq_length}"
-            )
+            were = subject(self.num_dropped, "preference", "was", "were")
+            yield name_options(f"{split}: {were} left out: the prompt alone fills --max-seq-length {max_seq_length}")
         if self.num_equal:
-            yield f"{split}: {self.num_equal:,} pairs have twice the same answer, from which no preference is learned"
+            have = subject(self.num_equal, "pair", "has", "have")
+            yield f"{split}: {have} the same answer twice, from which no preference is learned"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import RequestError, name_options, quote
 from ...text.instructions import instruction_prompt
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
+from ...wording import counted, subject
 from .conversations import check_texts
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
@@ -96,11 +96,11 @@ class Report:
         )
         if self.num_truncated:
             emptied = f", {self.num_emptied:,} of them before anything that is learned" if self.num_emptied else ""
-            yield name_options(
-                f"{split}: {self.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
-            )
+            were = subject(self.num_truncated, "example", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-seq-length {max_seq_length}{emptied}")
         if self.num_unlearned > self.num_emptied:
-            yield f"{split}: {self.num_unlearned - self.num_emptied:,} have nothing to learn"
+            have = subject(self.num_unlearned - self.num_emptied, "example", "has", "have")
+            yield f"{split}: {have} nothing to learn"
 
 
 def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:

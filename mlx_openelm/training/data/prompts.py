@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
+from ...wording import counted, subject
 from .conversations import check_texts, conversation, read_turns, system_of, with_system
 from .examples import OWN_TEMPLATE, Progress
 from .kinds import BESIDE_TURNS, OF_TEMPLATES, TYPES, Kind, Record, recognize
@@ -92,9 +92,9 @@ class PromptsReport:
             f"{self.longest:,}"
         )
         if self.num_dropped:
+            were = subject(self.num_dropped, "prompt", "was", "were")
             yield name_options(
-                f"{split}: {self.num_dropped:,} were left out: with --max-completion-length they exceed "
-                f"--max-seq-length {max_seq_length}"
+                f"{split}: {were} left out, longer than --max-seq-length {max_seq_length} less --max-completion-length"
             )
 
 
