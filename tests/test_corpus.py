@@ -12,6 +12,8 @@ import string
 import subprocess
 import sys
 import time
+from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mlx_openelm.training.data.corpus.encoding import repaired
 from mlx_openelm.training.data.corpus.files import TextFile
 from mlx_openelm.training.data.corpus.filling import fill
 from mlx_openelm.training.data.corpus.loader import PretrainingData
+from mlx_openelm.training.data.corpus.reader import Chunk, Position
 from mlx_openelm.training.data.corpus.rows import padding_positions
 from mlx_openelm.training.data.corpus.validation import read_validation
 from mlx_openelm.training.options.corpus import DataOptions
@@ -502,6 +505,26 @@ def test_missing_files_are_named(tmp_path: Path, name: str, message: str) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=message):
         make(name.format(tmp=tmp_path))
+
+
+class Repeated:
+    """The chunks of a source with one document of three tokens."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, stream: int) -> Chunk:
+        self.taken += 1
+        encoded = cache.Encoded([array("i", [5, 6, 2])], [0], Counter())
+        return Chunk(Position(self.taken - 1), TextFile("a.txt", "text"), True, encoded, False)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 4 * packed.MOST_EPOCHS])
+def test_a_text_of_a_few_words_is_not_read_without_end_to_fill_a_window(length: int) -> None:
+    chunks = Repeated()
+    rows = packed.PackedRows(chunks, [1.0], length=length, buffer=16, seed=0)
+    assert sum(len(piece.targets) for piece in rows.take().pieces) == length
+    assert chunks.taken < max(packed.MOST_EPOCHS, length // 3) + 8
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

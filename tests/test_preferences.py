@@ -225,9 +225,8 @@ def test_long_answers_lose_their_end_and_long_prompts_their_beginning(tokenizer)
     found = tokenize(tokenizer, PAIR, short, length=len(prompt))
     assert (found.report.num_dropped, found.report.num_examples) == (1, 1)
     lines = list(found.report.lines("train", len(prompt)))
-    assert any("1 preference was left out: the prompt alone fills" in line for line in lines) and lines[0].startswith(
-        "train: 1 preference pair, "
-    )
+    assert any("1 preference was left out: the prompt alone fills" in line for line in lines)
+    assert lines[0].startswith("train: 1 preference pair, ")
     with pytest.raises(RequestError, match="Nothing is left to learn: the prompts alone fill"):
         tokenize(tokenizer, PAIR, length=len(prompt))
     with pytest.raises(RequestError, match=r"line 1: takes \d+ tokens, and max_seq_length is 5"):
