@@ -379,6 +379,11 @@ def test_prompts_are_rendered_as_fine_tuning_renders_them():
         (found,) = read([Record({"prompt": prompt, "answer": 4}, "x")]).examples
         assert found.tokens == tokenizer.apply_chat_template(turn) and found.columns == {"answer": 4}
         assert found.content == prompt
+        (found,) = read([Record({"prompt": prompt, "system": "Be brief."}, "x")]).examples
+        whole = [{"role": "system", "content": "Be brief."}, *turn]
+        assert found.tokens == tokenizer.apply_chat_template(whole)
+    with pytest.raises(RequestError, match="x: 'system' needs a chat template"):
+        read([Record({"prompt": "Hello.", "system": "Be brief."}, "x")], chat_template="plain")
     (found,) = read([Record({"prompt": "Hello."}, "x")], chat_template="plain").examples
     assert found.tokens == tokenizer.encode("Hello.")
     long = read([Record({"prompt": "Hello. " * n}, "x") for n in (1, 50)])

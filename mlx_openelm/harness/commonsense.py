@@ -166,7 +166,7 @@ def find_task(name: str) -> Task:
     for task in TASKS:
         if name.lower() in {known.lower() for known in (task.name, *task.others)}:
             return task
-    raise RequestError(f"--suite commonsense has no task {name!r}; it has {', '.join(task.name for task in TASKS)}.")
+    raise RequestError(f"The suite commonsense has no task {name!r}; it has {', '.join(task.name for task in TASKS)}.")
 
 
 def questions(task: Task, folder: Path | None) -> list[Question]:
