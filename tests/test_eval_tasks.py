@@ -139,9 +139,7 @@ def test_data_that_is_nowhere_is_given_with_trainings_own_flag(tmp_path, monkeyp
         raise FileNotFoundError("no such data set")
 
     monkeypatch.setattr(lm_tasks, "_load", absent)
-    with pytest.raises(
-        RequestError, match="arc_easy: its data is neither in .*folder that has it with eval_tasks_data"
-    ):
+    with pytest.raises(RequestError, match="arc_easy: its data is neither in .*give a folder .* eval_tasks_data"):
         during_training.TrainingTasks("arc_easy", str(tmp_path), 1)
     with pytest.raises(RequestError, match="^eval_tasks_data must be a folder; .*none is none"):
         during_training.TrainingTasks("arc_easy", str(tmp_path / "none"), 1)
