@@ -151,6 +151,7 @@ def test_records_of_the_hub_become_llm_adapters_instructions(task, tmp_path):
         *(("boolq", "answer", value, 1) for value in (False, 0, "False", "false", "0")),
         ("piqa", "label", "0", 0),
         ("social_i_qa", "label", 1, 0),
+        ("social_i_qa", "label", "2\n", 1),
         ("winogrande", "answer", 1, 0),
     ],
 )

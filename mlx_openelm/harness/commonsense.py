@@ -84,7 +84,7 @@ def _texts(values: Row, key: str) -> list[str]:
 
 def _number(row: Row, key: str, first: int, last: int) -> int:
     """A label from `first` to `last`, as a number or its text; test sets without answers have others."""
-    value = row[key]
+    value = row[key].strip() if isinstance(row[key], str) else row[key]
     known = [kind(number) for number in range(first, last + 1) for kind in (int, str)]
     if value not in known:
         raise ValueError(f"`{key}` is {quote(value)}, not a number from {first} to {last}")
@@ -93,7 +93,7 @@ def _number(row: Row, key: str, first: int, last: int) -> int:
 
 def _truth(row: Row, key: str) -> bool:
     """A label that is true or false, or 1 or 0; CSV has them as text."""
-    word = str(row[key]).lower()
+    word = str(row[key]).strip().lower()
     if word not in ("true", "1", "false", "0"):
         raise ValueError(f"`{key}` is {quote(row[key])}, not true or false")
     return word in ("true", "1")
