@@ -57,6 +57,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def subject(count: int, noun: str, singular: str, plural: str) -> str:
+    """A number of things with a verb that agrees with it: 1 pair has, 2 pairs have."""
+    return f"{counted(count, noun)} {singular if count == 1 else plural}"
+
+
 def duration(seconds: float) -> str:
     """A time as an estimate gives it: 40 seconds, 3 minutes, 2.5 hours; seconds to the next ten."""
     if seconds < 90:

@@ -144,6 +144,51 @@ def test_records_of_the_hub_become_llm_adapters_instructions(task, tmp_path):
     assert question.choices[question.answer] == f"the correct answer is {answer}"
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "value", "answer"),
+    [
+        *(("boolq", "answer", value, 0) for value in (True, 1, "True", "true", "1")),
+        *(("boolq", "answer", value, 1) for value in (False, 0, "False", "false", "0")),
+        ("piqa", "label", "0", 0),
+        ("social_i_qa", "label", 1, 0),
+        ("social_i_qa", "label", "2\n", 1),
+        ("winogrande", "answer", 1, 0),
+    ],
+)
+def test_labels_may_be_text_as_in_csv(task, key, value, answer):
+    row = {**FROM_THE_HUB[task][0], key: value}
+    assert find_task(task).instruction(row)[1] == answer
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "message"),
+    [
+        ("boolq", {"answer": -1}, "`answer` is -1, not true or false"),
+        ("boolq", {"answer": ""}, "`answer` is '', not true or false"),
+        ("boolq", {"question": None}, "`question` is null, not text"),
+        ("piqa", {"label": -1}, "`label` is -1, not a number from 0 to 1"),
+        ("social_i_qa", {"label": 0}, "`label` is 0, not a number from 1 to 3"),
+        ("winogrande", {"answer": ""}, "`answer` is '', not a number from 1 to 2"),
+        ("openbookqa", {"choices": "{'text': ['a marsh']}"}, "`choices` is a string, not an object; CSV has none"),
+        ("openbookqa", {"answerKey": ""}, "`answerKey` is '', not one of A, B, C, D"),
+    ],
+)
+def test_records_without_a_known_answer_are_refused(task, changed, message, tmp_path):
+    found = find_task(task)
+    row = FROM_THE_HUB[task][0] | changed
+    hub_datasets.write(tmp_path / found.dataset / (found.config or "data"), found.split, [row])
+    with pytest.raises(RequestError, match=message):
+        questions(found, tmp_path)
+
+
+def test_csv_has_no_lists(tmp_path):
+    folder = tmp_path / "Rowan/hellaswag"
+    folder.mkdir(parents=True)
+    (folder / "validation.csv").write_text("activity_label,ctx,endings,label\nCook,A man,\"['eats', 'runs']\",0\n")
+    with pytest.raises(RequestError, match="`endings` is a string, not a list of texts; CSV has none, give .jsonl"):
+        questions(find_task("hellaswag"), tmp_path)
+
+
 def test_all_eight_tasks_run_from_a_folder_in_the_hubs_layout(tmp_path):
     hub_datasets.make(tmp_path, mmlu=False)
     result = evaluate("tiny", EvaluateOptions(suite="commonsense", data=str(tmp_path), limit=1), progress=False)
@@ -166,7 +211,7 @@ def test_bad_records_and_names_are_refused(tmp_path):
         with pytest.raises(RequestError, match="openbookqa/test.json has no questions"):
             questions(find_task("obqa"), tmp_path)
     hub_datasets.write(tmp_path / "baber/piqa", "validation", [{"goal": "a"}])
-    with pytest.raises(RequestError, match="record 1, is not one of baber/piqa: KeyError: 'sol1'"):
+    with pytest.raises(RequestError, match="record 1, is not one of baber/piqa: no 'sol1'"):
         questions(find_task("piqa"), tmp_path)
     with pytest.raises(RequestError, match="has no task 'gsm8k'; it has boolq, piqa"):
         find_task("gsm8k")

@@ -103,6 +103,53 @@ def test_the_eos_added_to_a_turn_of_weight_0_is_not_learned():
     assert EOS not in masked.tokens and len(masked.learned) == 1
 
 
+@pytest.mark.parametrize("key", ["train", "training", "loss"])
+def test_flags_of_other_programs_are_weights(key):
+    """Axolotl's and ms-swift's."""
+    flagged = [USER, {**KING, key: False}, MORE, {**LAST, key: True}]
+    weighted = [USER, {**KING, "weight": 0}, MORE, LAST]
+    for mask in (True, False):
+        assert make({"messages": flagged}, mask_prompt=mask) == make({"messages": weighted}, mask_prompt=mask)
+    named = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: None}]
+    assert make({"conversations": named}) == make({"conversations": [{**turn, "weight": 1} for turn in named]})
+    assert f"Message 1: {key} must be true or false, got 0" in refusal({"messages": [USER, {**KING, key: 0}]})
+    assert "Message 1: train_detail is not offered" in refusal({"messages": [USER, {**KING, "train_detail": [{}]}]})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [USER, KING]},
+        {"prompt": [USER], "completion": [KING]},
+        {"prompt": USER["content"], "completion": KING["content"]},
+        {"conversations": [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": KING["content"]}]},
+        # As its first message too.
+        {"messages": [SYSTEM, USER, KING]},
+        {"conversations": [{"from": "system", "value": SYSTEM["content"]}, USER, KING]},
+    ],
+)
+def test_a_system_beside_the_turns_is_the_first_of_them(values):
+    options = {"chat_template": "corenet", "mask_prompt": True}
+    whole = make({"messages": [SYSTEM, USER, KING]}, **options)
+    assert make({**values, "system": SYSTEM["content"]}, **options) == whole
+
+
+def test_rendering_ends_where_an_example_is_cut(monkeypatch):
+    """Each turn takes the time to render all before it, so those beyond the cut are not looked for."""
+    messages = [USER, KING] * 40
+    whole = tokenize([Record({"messages": messages}, "a")], tokenizer, max_seq_length=4000, mask_prompt=True)
+    rendered = []
+    render = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(
+        type(tokenizer), "apply_chat_template", lambda *given, **named: rendered.append(1) or render(*given, **named)
+    )
+    cut = tokenize([Record({"messages": messages}, "a")], tokenizer, max_seq_length=60, mask_prompt=True)
+    assert cut.report.longest == whole.report.longest > 1000
+    [example], [other] = cut.examples, whole.examples
+    assert example.learned == tuple((start, min(end, 61)) for start, end in other.learned if start < 61)
+    assert len(rendered) < 12
+
+
 @pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [0], {}])
 def test_other_weights_are_refused(weight):
     what = refusal({"messages": [USER, {**KING, "weight": weight}]})
@@ -284,6 +331,10 @@ def test_tools_are_refused_if_the_template_would_drop_them(tmp_path):
         ({"messages": [USER, KING], "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is not offered"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not offered"),
         ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not offered"),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "'history' is not offered"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "'system' needs a chat template"),
+        ({"messages": [USER, KING], "system": ["c"]}, "'system' is a list, not text"),
+        ({"conversations": [SYSTEM, USER, KING], "system": "c"}, "a system's message with another text; keep one"),
         (
             {"prompt": [USER], "chosen": [KING], "rejected": [LAST]},
             "preference pairs (chosen, rejected), which `mlx-openelm dpo` learns from",

@@ -12,6 +12,8 @@ import string
 import subprocess
 import sys
 import time
+from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.batches import IGNORED
 from mlx_openelm.training.data.corpus import cache, packed
+from mlx_openelm.training.data.corpus.documents import read_chunks, read_texts
 from mlx_openelm.training.data.corpus.encoding import repaired
+from mlx_openelm.training.data.corpus.files import TextFile
 from mlx_openelm.training.data.corpus.filling import fill
 from mlx_openelm.training.data.corpus.loader import PretrainingData
+from mlx_openelm.training.data.corpus.reader import Chunk, Position
 from mlx_openelm.training.data.corpus.rows import padding_positions
 from mlx_openelm.training.data.corpus.validation import read_validation
 from mlx_openelm.training.options.corpus import DataOptions
@@ -519,12 +524,41 @@ def test_missing_files_are_named(tmp_path: Path, name: str, message: str) -> Non
         make(name.format(tmp=tmp_path))
 
 
+class Repeated:
+    """The chunks of a source with one document of three tokens."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, stream: int) -> Chunk:
+        self.taken += 1
+        encoded = cache.Encoded([array("i", [5, 6, 2])], [0], Counter())
+        return Chunk(Position(self.taken - 1), TextFile("a.txt", "text"), True, encoded, False)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 4 * packed.MOST_EPOCHS])
+def test_a_text_of_a_few_words_is_not_read_without_end_to_fill_a_window(length: int) -> None:
+    chunks = Repeated()
+    rows = packed.PackedRows(chunks, [1.0], length=length, buffer=16, seed=0)
+    assert sum(len(piece.targets) for piece in rows.take().pieces) == length
+    assert chunks.taken < max(packed.MOST_EPOCHS, length // 3) + 8
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_they_may_and_null_is_no_text(tmp_path: Path, end: str) -> None:
+    lines = [*(json.dumps({"text": text}) for text in texts(40)), '{"text": null}', "", '{"text": "a\\r\\nb"}']
+    (tmp_path / "a.jsonl").write_bytes(end.join(lines).encode())
+    file = TextFile(str(tmp_path / "a.jsonl"), "text")
+    assert list(read_texts([file])) == [*texts(40), "a\r\nb"]
+    assert [raw.number for chunk, _ in read_chunks(file, 2) for raw in chunk] == list(range(33, 44))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"text": "x', r"a\.jsonl, line 3: is not JSON \(Unterminated"),
         (b'{"body": "x"}', r"line 3: has no 'text'; it has 'body'"),
-        (b'{"text": null}', r"line 3: 'text' is null, not text"),
+        (b'{"text": 1}', r"line 3: 'text' is a number, not text"),
         (b"[1]", "line 3: is a list, not a JSON object"),
         (b'{"text": "\xff"}', r"line 3: is not UTF-8 text \(byte 11\)"),
     ],

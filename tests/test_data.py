@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.training.data.corpus.documents import read_texts
+from mlx_openelm.training.data.corpus.files import TextFile
 from mlx_openelm.training.data.read import find_splits, read_records, read_splits
 
 import pytest
@@ -217,6 +219,14 @@ def test_empty_files_binary_files_and_bad_json_are_refused(tmp_path):
         read_records, [write(tmp_path / "latin.jsonl", GOOD.encode() + b'\n{"text": "\xe9"}')]
     )
     assert "train.json: is not JSON" in message(read_records, [write(tmp_path / "train.json", '[{"text": "a"},')])
+
+
+@pytest.mark.parametrize("content", ['{\n "text": "a"\n}', '{"text":\n "a"}', '{\n "text": "a"\n}\n{\n "text": "b"\n}'])
+def test_an_object_over_several_lines_is_named(tmp_path, content):
+    expected = "train.json has a JSON object over several lines; write each object on its own line, or all in an array"
+    assert expected in message(read_records, [write(tmp_path / "train.json", content)])
+    with pytest.raises(RequestError, match="over several lines" if content.startswith("{\n") else "is not JSON"):
+        list(read_texts([TextFile(str(tmp_path / "train.json"), "text")]))
 
 
 def test_a_bad_shard_after_a_good_one_is_refused(tmp_path):

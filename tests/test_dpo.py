@@ -351,6 +351,14 @@ def test_invalid_requests_are_refused(changes, message):
         replace(SHORT, **changes).check()
 
 
+def test_losses_may_be_named_with_commas_as_in_the_flag():
+    options = replace(SHORT, loss_type="sigmoid, sft", loss_weights=(1.0, 0.1))
+    options.check()
+    assert options.weights == {"sigmoid": 1.0, "sft": 0.1}
+    with pytest.raises(RequestError, match="loss_type must be .*, got 'sigmod'"):
+        replace(SHORT, loss_type="sigmod,sft").check()
+
+
 def test_the_names_of_losses_have_formulas():
     assert set(preference_losses.COMBINED) == set(options_module.COMBINED)
     assert set(preference_losses.REFERENCE_FREE) == set(options_module.REFERENCE_FREE)

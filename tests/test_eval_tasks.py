@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_openelm import FineTuneOptions, PreferenceOptions, dpo, finetune, load, pretrain
 from mlx_openelm.errors import RequestError
-from mlx_openelm.harness import during_training
+from mlx_openelm.harness import during_training, lm_tasks
 from mlx_openelm.harness.evaluating import evaluate
 from mlx_openelm.harness.options import EvaluateOptions
 from mlx_openelm.harness.scorer import Scorer
@@ -130,3 +130,16 @@ def test_a_mistake_leaves_the_run_that_would_be_replaced(tmp_path, hub):
     with pytest.raises(RequestError, match="has no task 'gsm8k'"):
         pretrain(pretraining_runs.SIZES, wrong, loading=loading, overwrite=True)
     assert kept.read_bytes() == before
+
+
+def test_data_that_is_nowhere_is_given_with_trainings_own_flag(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+
+    def absent(*given):
+        raise FileNotFoundError("no such data set")
+
+    monkeypatch.setattr(lm_tasks, "_load", absent)
+    with pytest.raises(RequestError, match="arc_easy: its data is neither in .*give a folder .* eval_tasks_data"):
+        during_training.TrainingTasks("arc_easy", str(tmp_path), 1)
+    with pytest.raises(RequestError, match="^eval_tasks_data must be a folder; .*none is none"):
+        during_training.TrainingTasks("arc_easy", str(tmp_path / "none"), 1)

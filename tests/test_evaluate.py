@@ -160,6 +160,7 @@ def test_chosen_questions(tmp_path):
         ({"suite": "openllm", "mode": "old"}, "mode must be paper or current"),
         ({"tasks": "piqa", "limit": 0}, "limit must be 1 or more"),
         ({"tasks": "piqa", "num_fewshot": -1}, "num_fewshot must be 0 or more"),
+        ({"tasks": "piqa", "seed": 1 << 32}, "seed must be 0 to 4294967295, got 4294967296"),
         ({"tasks": "piqa", "limit": 1, "samples": "{}"}, "exclude each other"),
         ({"tasks": "piqa", "log_samples": True}, "log_samples needs output"),
         ({"tasks": "piqa", "data": "/nowhere"}, "data must be a folder"),

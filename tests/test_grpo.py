@@ -30,6 +30,8 @@ from test_distributed import LAUNCH, launch
 from training_runs import WORDS, Notes, command, kill_after, metrics, trained
 
 REWARDS = """
+import sys
+
 def early(completion_ids, **others):
     assert {"prompts", "completions", "goal"} <= others.keys()
     return [sum(token < 128 for token in ids) / len(ids) for ids in completion_ids]
@@ -39,6 +41,9 @@ def short(completion_ids, goal):
 
 def fails(completions):
     return [1 / 0 for _ in completions]
+
+def leaves(completions):
+    sys.exit()
 
 def too_few(completions):
     return [1.0]
@@ -312,8 +317,17 @@ def test_functions_of_a_python_caller_train(here):
     def vowels(completions):
         return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
 
-    tune(replace(SHORT, iters=2, reward_funcs=()), reward_funcs=[vowels])
+    def length(completions):
+        return [float(len(text)) for text in completions]
+
+    options = replace(SHORT, iters=2, reward_funcs=())
+    tune(options, reward_funcs=vowels)  # a list of one, as in TRL
     assert "rewards/vowels/mean" in rows_of(here)[1]
+    with pytest.raises(RequestError, match="The run to resume has rewards vowels, not length"):
+        tune(replace(options, iters=3, resume=True), reward_funcs=[length])
+    tune(replace(options, iters=3, resume=True), reward_funcs=[vowels])
+    with pytest.raises(RequestError, match="reward_funcs are functions, got 'rewards.py:early'"):
+        tune(replace(options, adapter_path="other"), reward_funcs=["rewards.py:early"])
 
 
 @pytest.mark.parametrize(
@@ -353,7 +367,8 @@ def test_invalid_requests_are_refused(here, changes, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fails", r"The reward function fails failed: ZeroDivisionError: division by zero \(rewards.py, line 10\)"),
+        ("fails", r"The reward function fails failed: ZeroDivisionError: division by zero \(rewards.py, line 12\)"),
+        ("leaves", r"The reward function leaves failed: SystemExit \(rewards.py, line 15\)"),
         ("too_few", "The reward function too_few returned 1 reward for 4 completions; it must return one for each"),
     ],
 )
@@ -376,11 +391,16 @@ def test_prompts_are_rendered_as_fine_tuning_renders_them():
         (found,) = read([Record({"prompt": prompt, "answer": 4}, "x")]).examples
         assert found.tokens == tokenizer.apply_chat_template(turn) and found.columns == {"answer": 4}
         assert found.content == prompt
+        (found,) = read([Record({"prompt": prompt, "system": "Be brief."}, "x")]).examples
+        whole = [{"role": "system", "content": "Be brief."}, *turn]
+        assert found.tokens == tokenizer.apply_chat_template(whole)
+    with pytest.raises(RequestError, match="x: 'system' needs a chat template"):
+        read([Record({"prompt": "Hello.", "system": "Be brief."}, "x")], chat_template="plain")
     (found,) = read([Record({"prompt": "Hello."}, "x")], chat_template="plain").examples
     assert found.tokens == tokenizer.encode("Hello.")
     long = read([Record({"prompt": "Hello. " * n}, "x") for n in (1, 50)])
     assert len(long.examples) == long.report.num_dropped == 1
-    assert "were left out" in "\n".join(long.report.lines("train", 64))
+    assert "prompt was left out, longer than max_seq_length 64 less" in "\n".join(long.report.lines("train", 64))
     assert long.fingerprint() != read([Record({"prompt": "Hello. ", "answer": 1}, "x")]).fingerprint()
     for values, message in (
         ({"prompt": 3}, "x: 'prompt' is a number, not text or messages"),

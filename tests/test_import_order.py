@@ -17,7 +17,7 @@ ROOMS = [
     "training", "training.run", "training.step", "training.data.corpus", "training.options", "training.data",
     "harness", "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
-    "backend", "blas", "config", "native",
+    "backend", "blas", "config", "native", "json_values",
     "inputs", "options", "keywords", "suggestions", "threads", "console", "messages", "errors", "wording", "version",
 ]  # fmt: skip
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

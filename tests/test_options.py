@@ -47,6 +47,8 @@ def test_the_defaults_are_valid_and_equal_mlx_lms() -> None:
         ({"grad_accumulation_steps": 0}, "grad_accumulation_steps must be 1 or more, got 0."),
         ({"max_seq_length": 1}, "max_seq_length must be 2 or more, got 1."),
         ({"seed": -1}, "seed must be 0 or more, got -1."),
+        ({"seed": 1 << 64}, "seed must be 18446744073709551615 or less, got 18446744073709551616."),
+        ({"seed": 1e30}, "seed must be 18446744073709551615 or less, got 1000000000000000019884624838656."),
         ({"epochs": 0}, "epochs must be more than 0, got 0.0."),
         ({"learning_rate": 0.0}, "learning_rate must be more than 0, got 0.0."),
         ({"learning_rate": math.nan}, "learning_rate must be a number, got nan."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 from pathlib import Path
@@ -106,6 +107,8 @@ def test_windows_start_with_bos_and_drop_the_remainder(loaded):
         ("a.jsonl", "not json\n", "line 1"),
         ("a.jsonl", "\n\n", "no text"),
         ("a.txt", "", "no text"),
+        ("a.json", '[{"text": "x"}, "y"]', "item 2: expected a JSON object with the string 'text'"),
+        ("a.json", '{\n "text": "x"\n}', "a.json has a JSON object over several lines; write each object on its own"),
     ],
 )
 def test_bad_data_is_named(tmp_path, name, content, message):
@@ -169,6 +172,28 @@ def test_text_files_are_one_document(tmp_path):
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text(json.dumps({"text": "a b"}) + "\n" + json.dumps({"text": "c"}) + "\n")
     assert load_documents(jsonl) == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_array"),
+    [
+        *((name, False) for name in ("a.jsonl", "a.json", "A.JSONL", "a.jsonl.gz", "a.json.gz")),
+        *((name, True) for name in ("a.json", "a.json.gz")),
+    ],
+)
+def test_records_are_read_as_the_other_commands_read_them(tmp_path, name, is_array):
+    records = [{"text": "a b"}, {"text": "c"}]
+    text = json.dumps(records) if is_array else "".join(f"{json.dumps(record)}\r" for record in records)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert load_documents(tmp_path / name) == ["a b", "c"]
+
+
+def test_texts_may_be_gzipped(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first\r\nsecond"))
+    assert load_documents(tmp_path / "a.txt.gz") == ["first\nsecond"]
+    (tmp_path / "b.txt.gz").write_bytes(b"first")
+    with pytest.raises(RequestError, match="b.txt.gz cannot be read: Not a gzipped file"):
+        load_documents(tmp_path / "b.txt.gz")
 
 
 def plain_losses(model, window: list[int]) -> list[float]:

@@ -62,6 +62,31 @@ def test_forms_of_pairs(values, prompt, completions):
             )
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWERS = {"chosen": "A friend.", "rejected": "Nobody at all."}
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt", "system"),
+    [
+        ({"system": "", "question": "Who?"}, "Who?", ""),
+        ({"system": "Be brief.", "question": "Who?"}, "Who?", "Be brief."),
+        ({"system": "Be brief.", "prompt": "Who?", "question": "Where?"}, "Who?", "Be brief."),
+        ({"instruction": "Translate.", "input": "Qui?"}, "Translate.\n\nQui?", ""),
+        ({"instruction": "Translate.", "input": None}, "Translate.", ""),
+        ({"system": "Be brief.", "input": "Who?"}, "Who?", "Be brief."),
+        ({"system": "Be brief.", "prompt": [USER]}, [SYSTEM, USER], ""),
+        ({"system": "Be brief.", "prompt": [SYSTEM, USER]}, [SYSTEM, USER], ""),
+        ({"system": "Be brief.", "question": "Who is there?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+         [SYSTEM, USER], ""),
+    ],
+)  # fmt: skip
+def test_prompts_have_other_names_and_a_system_beside_them(values, prompt, system):
+    found = read_one({**ANSWERS, **values})
+    assert (found.prompt, found.system, found.is_cut) == (prompt, system, False)
+    assert len(found.completions) == 2 and len(found.completions[0]) in (1, len(ANSWERS["chosen"]))
+
+
 def test_labeled_completions_and_pairs_for_kto():
     kind, found = read_preferences(
         records({"prompt": "A", "completion": "b", "label": True}, {"prompt": "C", "completion": "d", "label": 0}),
@@ -92,6 +117,13 @@ def test_labeled_completions_and_pairs_for_kto():
         ({"prompt": "A", "completion": "b", "label": "yes"}, "'label' must be true or false, got 'yes'"),
         ({"prompt": "A", "completion": "b", "label": True}, "which loss_type kto learns from; other losses"),
         ({"chosen": "a", "rejected": "b", "images": ["x"]}, "'images' is not offered"),
+        ({**ANSWERS, "prompt": "A", "history": [["b", "c"]]}, "'history' is not offered"),
+        ({**ANSWERS, "question": "A", "instruction": "B"}, "has a 'question' and an 'instruction' or 'input'"),
+        ({**ANSWERS, "question": ["A"]}, "'question' is a list, not text"),
+        ({**ANSWERS, "system": "A"}, "has 'system' and texts without a 'prompt'"),
+        ({**ANSWERS, "conversations": [USER]}, "has 'conversations' and texts without a 'prompt'"),
+        ({**ANSWERS, "prompt": "A", "system": 1}, "'system' is a number, not text"),
+        ({**ANSWERS, "prompt": [SYSTEM, USER], "system": "Talk."}, "a system's message with another text"),
         ({"chosen": [{"from": "alien", "value": "a"}], "rejected": [USER]}, "Message 0 is from 'alien'"),
     ],
 )  # fmt: skip
@@ -161,6 +193,24 @@ def test_chats_go_through_the_template(tokenizer):
         tokenize(tokenizer, {"chosen": "To be", "rejected": "To go"}, chat_template="corenet")
 
 
+def test_a_system_is_a_turn_of_the_template_and_needs_one(tokenizer):
+    pair = {**ANSWERS, "system": "Be brief.", "question": "Who is there?"}
+    whole = {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}
+    (item,) = tokenize(tokenizer, pair, length=200, chat_template="corenet").examples
+    (other,) = tokenize(tokenizer, whole, length=200, chat_template="corenet").examples
+    assert item == other
+    for values in (pair, {**PAIR, "tools": [{"name": "look"}]}):
+        with pytest.raises(RequestError, match="line 1: '(system|tools)' needs a chat template"):
+            tokenize(tokenizer, values)
+
+
+@pytest.mark.parametrize("asked", [None, "corenet"])
+def test_pairs_with_and_without_a_prompt_are_not_mixed(tokenizer, asked):
+    """One pair without a prompt would turn the chat template off for all."""
+    with pytest.raises(RequestError, match="line 2: has texts without a prompt, and .* line 1 has a prompt"):
+        tokenize(tokenizer, PAIR, {"chosen": "To be", "rejected": "To go"}, chat_template=asked)
+
+
 def test_long_answers_lose_their_end_and_long_prompts_their_beginning(tokenizer):
     prompt, chosen = (tokenizer.encode(text) for text in (PAIR["prompt"], PAIR["prompt"] + PAIR["chosen"]))
     found = tokenize(tokenizer, PAIR, length=len(prompt) + 3)
@@ -175,7 +225,8 @@ def test_long_answers_lose_their_end_and_long_prompts_their_beginning(tokenizer)
     found = tokenize(tokenizer, PAIR, short, length=len(prompt))
     assert (found.report.num_dropped, found.report.num_examples) == (1, 1)
     lines = list(found.report.lines("train", len(prompt)))
-    assert any("1 were left out" in line for line in lines) and lines[0].startswith("train: 1 preference pair, ")
+    assert any("1 preference was left out: the prompt alone fills" in line for line in lines)
+    assert lines[0].startswith("train: 1 preference pair, ")
     with pytest.raises(RequestError, match="Nothing is left to learn: the prompts alone fill"):
         tokenize(tokenizer, PAIR, length=len(prompt))
     with pytest.raises(RequestError, match=r"line 1: takes \d+ tokens, and max_seq_length is 5"):

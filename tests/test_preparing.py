@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.errors import RequestError
 from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.preparing import Loading, prepare
@@ -96,3 +97,11 @@ def test_an_existing_template_is_kept(served: Path) -> None:
     whole = [1, *pieces.encode("Who is there?"), 2, *pieces.encode("A friend."), 2]
     assert list(prepared_run.examples["train"].examples[0].tokens) == whole
     assert NOTE not in printed
+
+
+def test_splits_with_and_without_a_chat_template_are_refused(tmp_path: Path) -> None:
+    for split, example in (("train", CHAT), ("valid", {"text": "Who is there?"})):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(example) + "\n")
+    options = FineTuneOptions(train=True, data=str(tmp_path))
+    with pytest.raises(RequestError, match=r"chat template and others without \(train with corenet, valid with none\)"):
+        prepare("tiny", options, Loading(), Notes())

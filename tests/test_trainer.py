@@ -187,6 +187,34 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_too(tmp_path):
         run(tmp_path, Counting(), 20, val=lambda step: math.nan if step == 8 else 1.0)
 
 
+def test_an_error_in_a_validation_does_not_lose_the_training_before_it(tmp_path):
+    def reward(step):
+        if step == 8:
+            raise OpenELMError("The reward function failed.")
+        return 9.0 - step
+
+    with pytest.raises(OpenELMError, match="reward function failed"):
+        run(tmp_path / "stopped", Counting(), 12, val=reward)
+    assert (tmp_path / "stopped/checkpoints/0000008").is_dir()
+    *_, evaluated, checkpoints = run(tmp_path / "stopped", Counting(), 12, val=lambda step: 9.0 - step)
+    assert evaluated == [8, 12]
+    whole = run(tmp_path / "whole", Counting(), 12, val=lambda step: 9.0 - step)
+    assert checkpoints.steps() == whole[-1].steps()
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_an_error_in_a_measurement_of_tasks_does_not_lose_the_best_checkpoint(tmp_path):
+    def fail():
+        raise ValueError("no data")
+
+    options = replace(OPTIONS, eval_tasks_every=4)
+    with pytest.raises(ValueError, match="no data"):
+        run(tmp_path, Counting(), 12, options, val=lambda step: 9.0 - step, tasks=fail)
+    assert (tmp_path / "checkpoints/best").resolve().name == "0000004"
+    state, _ = Checkpoints(tmp_path / "checkpoints", keep_last=2).load(pytest.fail)
+    assert (state.step, state.validated, state.best_step) == (4, 4, 4)
+
+
 def test_early_stop_counts_validations_without_a_new_best_across_a_resume(tmp_path):
     losses = {0: 9.0, 4: 5.0, 8: 6.0, 12: 4.0, 16: 4.0, 20: 4.5, 24: 3.0}
     options = replace(OPTIONS, early_stop=2, keep_last=1, save_every=9)

@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, command_or_call, name_options
 from ..generation.options import check_number
 from ..inputs import check_file, read_text_source, to_path
+from ..json_values import read_unpacked, read_values
 from ..messages import warn
 from ..publishing.command_line import command_line
 from ..text.tokenizer import Tokenizer
@@ -57,28 +58,36 @@ def window_length(length: int | None, config: ModelConfig) -> int:
 
 
 def load_documents(path: str | Path, loading: Mapping[str, Any] | None = None) -> list[str]:
-    """The documents of a `.jsonl` or `.parquet` file, with `text` in each record, or a text file as one document.
+    """The documents of a file of JSON lines, a JSON array or a table, with `text` in each record; or a text as one.
 
-    A pipe opened by the shell, as in `--data <(zcat play.txt.gz)`, is read as a text file.
+    Names that end in `.json`, `.jsonl` and `.parquet` are the former, any other is a text. JSON and texts may be
+    gzipped. A pipe opened by the shell, as in `--data <(zcat play.txt.gz)`, is read as a text file.
 
     Raises:
-        RequestError: the file is unreadable or empty, or a line (named by its number) is not such an object.
+        RequestError: the file is unreadable or empty, or a record (named by its line or item) is not such an object.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return _parquet_documents(path)
-    try:
-        content = re.sub("\r\n?", "\n", read_text_source(path).decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise RequestError(f"{path} cannot be read: not UTF-8 text.") from None
-    if path.suffix != ".jsonl":
-        documents = [content]
+    if name.removesuffix(".gz").endswith((".json", ".jsonl")):
+        check_file(path)
+        documents = [_document(path, place, value, loading or {}) for value, place in read_values(path)]
     else:
-        lines = enumerate(content.split("\n"), 1)
-        documents = [_document(path, number, line, loading or {}) for number, line in lines if line.strip()]
+        documents = [_text(path, name.endswith(".gz"))]
     if not any(documents):
         raise RequestError(f"{path} contains no text.")
     return documents
+
+
+def _text(path: Path, is_packed: bool) -> str:
+    if is_packed:
+        check_file(path)
+    content = read_unpacked(path) if is_packed else read_text_source(path)
+    try:
+        return re.sub("\r\n?", "\n", content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} cannot be read: not UTF-8 text.") from None
 
 
 def _parquet_documents(path: Path) -> list[str]:
@@ -105,14 +114,11 @@ def _parquet_documents(path: Path) -> list[str]:
     return values
 
 
-def _document(path: Path, number: int, line: str, loading: Mapping[str, Any]) -> str:
-    try:
-        record = json.loads(line)
-        text = record.get("text")
-    except (ValueError, AttributeError, RecursionError):
-        record, text = {}, None
+def _document(path: Path, place: str, value: Any, loading: Mapping[str, Any]) -> str:
+    record = value if isinstance(value, dict) else {}
+    text = record.get("text")
     if not isinstance(text, str):
-        wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
+        wrong = f"{path.with_name(place)}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
             command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)

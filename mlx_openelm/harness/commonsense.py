@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, quote
+from ..inputs import kind_of
 from ..text.instructions import instruction_prompt
 from . import data
 from .scorer import Scorer
@@ -66,39 +67,81 @@ def _choose(question: str, texts: Sequence[str]) -> str:
     )
 
 
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` is {kind_of(value)}, not text")
+    return value
+
+
+def _texts(values: Row, key: str) -> list[str]:
+    """A list of texts of a record, which CSV does not have."""
+    found = values[key]
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"`{key}` is {kind_of(found)}, not a list of texts; CSV has none, give .jsonl or .parquet")
+    return found
+
+
+def _number(row: Row, key: str, first: int, last: int) -> int:
+    """A label from `first` to `last`, as a number or its text; test sets without answers have others."""
+    value = row[key].strip() if isinstance(row[key], str) else row[key]
+    known = [kind(number) for number in range(first, last + 1) for kind in (int, str)]
+    if value not in known:
+        raise ValueError(f"`{key}` is {quote(value)}, not a number from {first} to {last}")
+    return int(value)
+
+
+def _truth(row: Row, key: str) -> bool:
+    """A label that is true or false, or 1 or 0; CSV has them as text."""
+    word = str(row[key]).strip().lower()
+    if word not in ("true", "1", "false", "0"):
+        raise ValueError(f"`{key}` is {quote(row[key])}, not true or false")
+    return word in ("true", "1")
+
+
 def _boolq(row: Row) -> tuple[str, int]:
-    label = row["answer"] if "answer" in row else row["label"]
-    text = f"Please answer the following question with true or false, question: {row['question']}?"
-    return f"{text}\n\nAnswer format: true/false", 0 if label in (True, 1) else 1
+    is_true = _truth(row, "answer" if "answer" in row else "label")
+    text = f"Please answer the following question with true or false, question: {_text(row, 'question')}?"
+    return f"{text}\n\nAnswer format: true/false", 0 if is_true else 1
 
 
 def _piqa(row: Row) -> tuple[str, int]:
-    solutions = _listed("Solution", (row["sol1"], row["sol2"]), "\n\n")
-    text = f"Please choose the correct solution to the question: {row['goal']}\n\n{solutions}"
-    return f"{text}\n\n{_format('solution', 2)}", int(row["label"])
+    solutions = _listed("Solution", (_text(row, "sol1"), _text(row, "sol2")), "\n\n")
+    text = f"Please choose the correct solution to the question: {_text(row, 'goal')}\n\n{solutions}"
+    return f"{text}\n\n{_format('solution', 2)}", _number(row, "label", 0, 1)
 
 
 def _social(row: Row) -> tuple[str, int]:
-    texts = [row[f"answer{letter}"] for letter in "ABC"]
-    return _choose(f"{row['context']} {row['question']}", texts), int(row["label"]) - 1
+    texts = [_text(row, f"answer{letter}") for letter in "ABC"]
+    question = f"{_text(row, 'context')} {_text(row, 'question')}"
+    return _choose(question, texts), _number(row, "label", 1, 3) - 1
 
 
 def _hellaswag(row: Row) -> tuple[str, int]:
-    endings = _listed("Ending", row["endings"])
-    text = f"Please choose the correct ending to complete the given sentence: {row['activity_label']}: {row['ctx']}"
-    return f"{text}\n\n{endings}\n\n{_format('ending', len(row['endings']))}", int(row["label"])
+    endings = _texts(row, "endings")
+    sentence = f"{_text(row, 'activity_label')}: {_text(row, 'ctx')}"
+    text = f"Please choose the correct ending to complete the given sentence: {sentence}"
+    text += f"\n\n{_listed('Ending', endings)}\n\n{_format('ending', len(endings))}"
+    return text, _number(row, "label", 0, len(endings) - 1)
 
 
 def _winogrande(row: Row) -> tuple[str, int]:
-    options = _listed("Option", (row["option1"], row["option2"]))
-    text = f"Please choose the correct answer to fill in the blank to complete the given sentence: {row['sentence']}"
-    return f"{text}\n\n{options} {_format('option', 2)}", int(row["answer"]) - 1
+    options = _listed("Option", (_text(row, "option1"), _text(row, "option2")))
+    sentence = _text(row, "sentence")
+    text = f"Please choose the correct answer to fill in the blank to complete the given sentence: {sentence}"
+    return f"{text}\n\n{options} {_format('option', 2)}", _number(row, "answer", 1, 2) - 1
 
 
 def _exam(row: Row) -> tuple[str, int]:
     """ARC, and OpenBookQA, whose question has another name."""
-    question = row.get("question_stem") or row["question"]
-    return _choose(question, row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+    question = row.get("question_stem") or _text(row, "question")
+    choices = row["choices"]
+    if not isinstance(choices, dict):
+        raise ValueError(f"`choices` is {kind_of(choices)}, not an object; CSV has none, give .jsonl or .parquet")
+    labels = _texts(choices, "label")
+    if row["answerKey"] not in labels:
+        raise ValueError(f"`answerKey` is {quote(row['answerKey'])}, not one of {', '.join(map(str, labels))}")
+    return _choose(question, _texts(choices, "text")), labels.index(row["answerKey"])
 
 
 TASKS = (
@@ -123,7 +166,7 @@ def find_task(name: str) -> Task:
     for task in TASKS:
         if name.lower() in {known.lower() for known in (task.name, *task.others)}:
             return task
-    raise RequestError(f"--suite commonsense has no task {name!r}; it has {', '.join(task.name for task in TASKS)}.")
+    raise RequestError(f"The suite commonsense has no task {name!r}; it has {', '.join(task.name for task in TASKS)}.")
 
 
 def questions(task: Task, folder: Path | None) -> list[Question]:
@@ -155,10 +198,10 @@ def _from_hub(task: Task, files: Sequence[Path]) -> list[Question]:
     for number, row in enumerate(data.read_rows(files), 1):
         try:
             instruction, answer = task.instruction(row)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise RequestError(
-                f"{files[0]}, record {number}, is not one of {task.dataset}: {type(error).__name__}: {error}."
-            ) from None
+        except KeyError as error:
+            raise RequestError(f"{files[0]}, record {number}, is not one of {task.dataset}: no {error}.") from None
+        except ValueError as error:
+            raise RequestError(f"{files[0]}, record {number}, is not one of {task.dataset}: {error}.") from None
         found.append(_ask(instruction, choices_of(instruction), answer))
     return _some(found, files[0])
 

@@ -33,6 +33,9 @@ class TrainingTasks:
         listed = [name.strip() for name in names.split(",") if name.strip()]
         ours = [name.removeprefix(_OURS) for name in listed if name.startswith(_OURS)]
         others = [name for name in listed if not name.startswith(_OURS)]
+        folder = None if data is None else to_path(data)
+        if folder is not None and not folder.is_dir():
+            raise RequestError(f"--eval-tasks-data must be a folder; {data} is none.")
         common: dict[str, Any] = {"data": data, "limit": limit}
         self._options = []
         if both := {commonsense.find_task(name).name for name in ours} & set(others):
@@ -42,12 +45,12 @@ class TrainingTasks:
         if ours:
             self._options.append(EvaluateOptions(suite="commonsense", tasks=tuple(ours), **common))
             for name in ours:  # before a long run, not in it
-                commonsense.questions(commonsense.find_task(name), None if data is None else to_path(data))
+                commonsense.questions(commonsense.find_task(name), folder)
         if others:
             from . import lm_tasks
 
             lm_tasks.prepare()
-            lm_tasks.check(others, None if data is None else to_path(data))
+            lm_tasks.check(others, folder, "--eval-tasks-data")
             self._options.append(EvaluateOptions(tasks=tuple(others), **common))
         if not self._options:
             raise RequestError("--eval-tasks names no task.")

@@ -117,7 +117,7 @@ def run(
             with data.local_first(options.data_folder):
                 loaded = _load(manager, one, options.num_fewshot)
         except Exception as error:  # whatever a task's own code and its data raise
-            yield one.name, _reason(error, options.data), []
+            yield one.name, _reason(error, options.data, "--data"), []
             continue
         for task in _tasks_of(loaded):
             name, count = task.config.task, task.config.num_fewshot
@@ -207,8 +207,11 @@ def _samples(loaded: Sequence[Any], name: str, chosen: Mapping[str, list[int]], 
     return found
 
 
-def check(names: Sequence[str], folder: Path | None) -> None:
+def check(names: Sequence[str], folder: Path | None, folder_flag: str) -> None:
     """Load tasks with their data, to find out before a long run whether that works.
+
+    Args:
+        folder_flag: the flag that names the folder.
 
     Raises:
         RequestError: a task is not known, or has no data.
@@ -219,7 +222,7 @@ def check(names: Sequence[str], folder: Path | None) -> None:
             with data.local_first(folder):
                 _load(manager, Wanted(name), None)
         except Exception as error:  # whatever a task's own code and its data raise
-            raise RequestError(f"{name}: {_reason(error, None if folder is None else str(folder))}.") from None
+            raise RequestError(f"{name}: {_reason(error, folder, folder_flag)}.") from None
 
 
 def _load(manager: Any, wanted: Wanted, shots: int | None) -> list[Any]:
@@ -254,7 +257,7 @@ def _tasks_of(loaded: Sequence[Any]) -> list[Any]:
     return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
 
 
-def _reason(error: Exception, folder: str | None) -> str:
+def _reason(error: Exception, folder: str | Path | None, folder_flag: str) -> str:
     """Why a task's data cannot be read, in one line."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if isinstance(error, RequestError):
@@ -264,4 +267,4 @@ def _reason(error: Exception, folder: str | None) -> str:
     if not isinstance(error, OSError | EOFError) and type(error).__name__ not in _ABSENT:
         return f"it cannot be loaded: {type(error).__name__}: {text[:200]}"
     where = f"neither in {folder} nor on the hub" if folder else "not on the hub, or the hub cannot be reached"
-    return f"its data is {where} ({text[:200]}); give a folder that has it with --data"
+    return f"its data is {where} ({text[:200]}); give a folder that has it with {folder_flag}"

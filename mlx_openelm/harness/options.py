@@ -21,6 +21,7 @@ SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization
 MODES = ("paper", "current")
 # Suites that need no lm-eval, and the options that are only for its tasks.
 OWN_PROMPTS = ("commonsense", "memorization")
+_MOST_SEED = 2**32 - 1  # NumPy's, with which lm-eval draws
 _OF_LM_EVAL = (
     *("num_fewshot", "include_path", "apply_chat_template", "chat_template", "fewshot_as_multiturn"),
     *("system_instruction", "gen_kwargs"),
@@ -134,6 +135,7 @@ class EvaluateOptions(Options):
         for name, least in (("limit", 1), ("num_fewshot", 0)):
             if (value := getattr(self, name)) is not None:
                 check_number(flag(name), value, least, math.inf, f"{least} or more", kind=Integral)
+        check_number("--seed", self.seed, 0, _MOST_SEED, f"0 to {_MOST_SEED}", kind=Integral)
         if self.limit is not None and self.samples is not None:
             raise RequestError("--limit and --samples exclude each other.")
         if self.log_samples and self.output is None:

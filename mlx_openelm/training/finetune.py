@@ -170,7 +170,7 @@ def _train(method: Method, request: Request, prepared: Prepared, previous: dict[
         )
         before = continue_samples(request, prepared)
         setup = _set_up(method, request, prepared)
-        record = resuming.make_record(request, prepared, setup.updater.recompute)
+        record = resuming.make_record(request, prepared, setup.updater.recompute) | {"method": method.record()}
         state = resuming.begin(request, setup.updater, setup.checkpoints, record=record, previous=previous,
                                total_steps=setup.total_steps)  # fmt: skip
         result = _run(method, request, prepared, setup, state)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -37,7 +38,7 @@ def grpo(
     model: str | Path,
     options: GRPOOptions,
     *,
-    reward_funcs: Sequence[RewardFunction] = (),
+    reward_funcs: RewardFunction | Sequence[RewardFunction] = (),
     loading: Loading = _DEFAULT_LOADING,
     overwrite: bool = False,
     listener: Listener | None = None,
@@ -50,7 +51,7 @@ def grpo(
 
     Args:
         model: as `load` takes it.
-        reward_funcs: functions beside those that the options name, with TRL's arguments: they are called with
+        reward_funcs: functions, or one, beside those that the options name, with TRL's arguments: they are called with
             `prompts`, `completions`, `completion_ids` and the data's other columns, each a list, and give as many
             numbers. Those that a function does not take are left out.
         overwrite: replace the run that is in `options.adapter_path`.
@@ -69,13 +70,13 @@ class GroupTuning(Method):
     """Training on rewards; the options of its requests are `GRPOOptions`.
 
     Args:
-        functions: reward functions beside those that the options name.
+        functions: reward functions, or one, beside those that the options name.
     """
 
     options = GRPOOptions
 
-    def __init__(self, functions: Sequence[RewardFunction] = ()):
-        self._functions = functions
+    def __init__(self, functions: RewardFunction | Sequence[RewardFunction] = ()):
+        self._functions = (functions,) if callable(functions) else functions
         self._rewards = Rewards({}, ())
         self._reference: OpenELM | None = None
 
@@ -145,6 +146,10 @@ class GroupTuning(Method):
         """Measures the reward of held-out prompts."""
         computing = updater.computing if updater is not None else partial(_evaluating, prepared.model)
         return RewardMeasure(self._sampler(request, prepared), request.processes, computing)
+
+    def record(self) -> dict[str, Any]:
+        """The names of the rewards."""
+        return {"rewards": self._rewards.names}
 
     def objective(self, request: Request) -> Objective:
         """The loss that the options choose."""

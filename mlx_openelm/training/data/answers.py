@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
-from .conversations import conversation
+from ...wording import counted, subject
+from .conversations import check_texts, conversation, with_system
 from .examples import OWN_TEMPLATE, Example, Progress, marked, show
 from .kinds import Record
 from .preferences import Preference, read_preferences
@@ -101,18 +101,17 @@ class AnswersReport:
             f"{self.num_targets:,} of them in completions; the longest has {self.longest:,}"
         )
         if self.num_prompts_cut:
-            yield name_options(f"{split}: {self.num_prompts_cut:,} prompts were cut to --max-prompt-length")
+            were = subject(self.num_prompts_cut, "prompt", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-prompt-length")
         if self.num_truncated:
-            yield name_options(
-                f"{split}: {self.num_truncated:,} completions were cut to --max-seq-length {max_seq_length}"
-            )
+            were = subject(self.num_truncated, "completion", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-seq-length {max_seq_length}")
         if self.num_dropped:
-            yield name_options(
-                f"{split}: {self.num_dropped:,} were left out: their prompts alone fill "
-                f"--max-seq-length {max_seq_length}"
-            )
+            were = subject(self.num_dropped, "preference", "was", "were")
+            yield name_options(f"{split}: {were} left out: the prompt alone fills --max-seq-length {max_seq_length}")
         if self.num_equal:
-            yield f"{split}: {self.num_equal:,} pairs have twice the same answer, from which no preference is learned"
+            have = subject(self.num_equal, "pair", "has", "have")
+            yield f"{split}: {have} the same answer twice, from which no preference is learned"
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,15 @@ def _template_for(
 ) -> str | Path | None:
     """The chat template that preferences are rendered with; None if they are treated as text."""
     own = None if tokenizer.chat_template is None else OWN_TEMPLATE
+    cut = next((preference for preference in preferences if preference.is_cut), None)
+    whole = next((preference for preference in preferences if not preference.is_cut), None)
+    if cut is not None and whole is not None:
+        raise RequestError(
+            f"{cut.source}: has texts without a prompt, and {whole.source} has a prompt; give all of them one, or none."
+        )
     if any(isinstance(preference.prompt, list) for preference in preferences):
         return asked or own or "corenet"  # without a template the roles would be lost
-    if any(preference.is_cut for preference in preferences):
+    if cut is not None:
         if asked not in (None, "plain"):
             raise RequestError("--chat-template needs prompts, and these texts have none of their own: leave it out.")
         return None
@@ -235,9 +240,10 @@ def _render(preference: Preference, tokenizer: Tokenizer, template: str | Path |
     try:
         if template is None:
             assert isinstance(prompt, str)
+            check_texts({"system": preference.system, "tools": preference.tools})
             return _render_texts(prompt, [str(completion) for completion in completions], tokenizer)
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = with_system(preference.system, [{"role": "user", "content": prompt}])
             completions = tuple([{"role": "assistant", "content": completion}] for completion in completions)
         name = None if template == OWN_TEMPLATE else template
         tokens, starts = [], []

@@ -11,7 +11,8 @@ from pathlib import Path
 from ...errors import RequestError, name_options, quote
 from ...text.instructions import instruction_prompt
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
+from ...wording import counted, subject
+from .conversations import check_texts
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
 
@@ -97,13 +98,14 @@ class Report:
         )
         if self.num_truncated:
             emptied = f", {self.num_emptied:,} of them before anything that is learned" if self.num_emptied else ""
-            yield name_options(
-                f"{split}: {self.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
-            )
+            were = subject(self.num_truncated, "example", "was", "were")
+            yield name_options(f"{split}: {were} cut to --max-seq-length {max_seq_length}{emptied}")
         if self.num_unlearned > self.num_emptied:
-            yield f"{split}: {self.num_unlearned - self.num_emptied:,} have nothing to learn"
+            have = subject(self.num_unlearned - self.num_emptied, "example", "has", "have")
+            yield f"{split}: {have} nothing to learn"
         if self.num_empty:
-            yield f"{split}: {self.num_empty:,} have no text, so that only its end is learned"
+            have = subject(self.num_empty, "example", "has", "have")
+            yield f"{split}: {have} no text, so that only its end is learned"
 
 
 def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
@@ -181,7 +183,7 @@ def tokenize(
     for done, record in enumerate(records):
         if progress is not None and done % _PROGRESS_EVERY == 0:
             progress(done, len(records))
-        tokens, learned = _render(record, kind, tokenizer, template, mask_prompt)
+        tokens, learned = _render(record, kind, tokenizer, template, mask_prompt, max_seq_length + 1)
         lengths.append(len(tokens))
         cut = _cut(learned, max_seq_length + 1)
         num_emptied += bool(learned) and not cut
@@ -224,20 +226,22 @@ def _template_for(kind: Kind, tokenizer: Tokenizer, asked: str | Path | None) ->
 
 
 def _render(
-    record: Record, kind: Kind, tokenizer: Tokenizer, template: str | Path | None, mask_prompt: bool
+    record: Record, kind: Kind, tokenizer: Tokenizer, template: str | Path | None, mask_prompt: bool, limit: int
 ) -> tuple[list[int], Spans]:
-    """The tokens of a record before truncation, and the spans of them that are learned."""
+    """The tokens of a record before truncation to `limit`, and the spans of them that are learned."""
     values = record.values
     if template is not None:
         name = None if template == OWN_TEMPLATE else template
         try:
-            return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt)
+            return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt, limit=limit)
         except RequestError as error:
             raise RequestError(f"{record.source}: {error}") from None
     if kind is TEXT:  # it is rendered already, including any tools
         return render_text("", values["text"], tokenizer, mask_prompt=False)
-    if values.get("tools"):
-        raise RequestError(f"{record.source}: 'tools' needs a chat template that shows them: give --chat-template FILE")
+    try:
+        check_texts(values)
+    except RequestError as error:
+        raise RequestError(f"{record.source}: {error}") from None
     if kind is COMPLETION:
         return render_text(values["prompt"], values["completion"], tokenizer, mask_prompt=mask_prompt)
     prompt = instruction_prompt(values["instruction"], values.get("input") or "")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RequestError, quote
-from .conversations import Conversation, conversation, read_turns
+from .conversations import Conversation, conversation, read_turns, system_of, with_system
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,15 @@ class Kind:
 
 
 OF_TEMPLATES = ("images", "chat_template_kwargs")
+BESIDE_TURNS = ("system", "tools")
+# `history` is LLaMA-Factory's: the turns before the prompt, as pairs.
+BESIDE_PROMPTS = (*OF_TEMPLATES, "history")
 TURNS = Kind(
-    "prompt and completion as messages", ("prompt", "completion"), ("tools",), OF_TEMPLATES, of_lists=True
+    "prompt and completion as messages", ("prompt", "completion"), BESIDE_TURNS, BESIDE_PROMPTS, of_lists=True
 )  # fmt: skip
-COMPLETION = Kind("prompt and completion", ("prompt", "completion"), ("tools",), OF_TEMPLATES)
-CHAT = Kind("chat messages", ("messages",), ("tools",), (*OF_TEMPLATES, "functions"))
-SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), OF_TEMPLATES)
+COMPLETION = Kind("prompt and completion", ("prompt", "completion"), BESIDE_TURNS, BESIDE_PROMPTS)
+CHAT = Kind("chat messages", ("messages",), BESIDE_TURNS, (*OF_TEMPLATES, "functions"))
+SHAREGPT = Kind("ShareGPT conversations", ("conversations",), BESIDE_TURNS, OF_TEMPLATES)
 INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
 # In mlx-lm's order of precedence, with `text` after instructions, as many instruction data sets have a rendered copy
@@ -161,18 +164,21 @@ def conversation_of(values: dict[str, Any], kind: Kind) -> Conversation:
     Raises:
         RequestError: invalid messages, or content that is not supported.
     """
-    tools = values.get("tools")
-    if kind is CHAT:
-        return conversation(read_turns(values["messages"]), tools)
-    if kind is SHAREGPT:
-        system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
-        return conversation([*system, *read_turns(values["conversations"])], tools)
+    tools, system = values.get("tools"), system_of(values)
+    if kind in (CHAT, SHAREGPT):
+        return conversation(with_system(system, read_turns(values[kind.keys[0]])), tools)
     if kind is TURNS:
-        before = read_turns(values["prompt"])
-        return conversation([*before, *read_turns(values["completion"])], tools, len(before))
+        before, after = read_turns(values["prompt"]), read_turns(values["completion"])
+        turns = with_system(system, [*before, *after])
+        return conversation(turns, tools, len(turns) - len(after))
     if kind is INSTRUCTION:
-        prompt = "\n\n".join(part for part in (values["instruction"], values.get("input")) if part)
-        answer = values["output"]
+        prompt, answer = instruction_of(values), values["output"]
     else:
         prompt, answer = values["prompt"], values["completion"]
-    return conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tools)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return conversation(with_system(system, turns), tools)
+
+
+def instruction_of(values: Mapping[str, Any]) -> str:
+    """An instruction with its input, as one text."""
+    return "\n\n".join(part for part in (values.get("instruction"), values.get("input")) if part)

@@ -1,17 +1,18 @@
 """Preferences in files: a prompt with a chosen and a rejected completion, or with one completion and a label.
 
-The formats are TRL's, and those of data sets on the hub that repeat the prompt in each completion.
+The formats are TRL's, and those of data sets on the hub that repeat the prompt in each completion or call it a question
+or an instruction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import RequestError, quote
-from .conversations import read_turns
-from .kinds import OF_TEMPLATES, TYPES, Kind, Record, recognize
+from .conversations import read_turns, system_of, with_system
+from .kinds import BESIDE_PROMPTS, BESIDE_TURNS, TYPES, Kind, Record, instruction_of, recognize
 
 # A text, or messages.
 Content = str | list[Any]
@@ -25,7 +26,7 @@ class Preference:
         prompt: what all completions follow; completions are messages exactly if it is.
         completions: the chosen and the rejected one; or one alone, with a label.
         label: whether the only completion is desirable; None for a pair.
-        tools: as in a record, for the chat template.
+        system, tools: as in a record, for the chat template; in messages the system's text is the first of them.
         is_cut: whether the prompt is the common beginning of two texts, which may end anywhere.
     """
 
@@ -33,6 +34,7 @@ class Preference:
     completions: tuple[Content, ...]
     source: str
     label: bool | None = None
+    system: str = ""
     tools: Any = None
     is_cut: bool = False
 
@@ -48,9 +50,18 @@ def _fault_in_labeled(values: dict[str, Any]) -> str | None:
     return _fault(values, ("completion",))
 
 
-PAIRS = Kind("preference pairs", ("chosen", "rejected"), ("prompt", "tools"), OF_TEMPLATES, fault=_fault_in_pair)
+_PARTS = ("instruction", "input")
+# What other programs put in front of answers; some data sets have copies of it beside a prompt.
+_BEFORE = ("conversations", "messages")
+PAIRS = Kind(
+    "preference pairs",
+    ("chosen", "rejected"),
+    ("prompt", "question", *_PARTS, *_BEFORE, *BESIDE_TURNS),
+    BESIDE_PROMPTS,
+    fault=_fault_in_pair,
+)
 LABELED = Kind(
-    "labeled completions", ("prompt", "completion", "label"), ("tools",), OF_TEMPLATES, fault=_fault_in_labeled
+    "labeled completions", ("prompt", "completion", "label"), BESIDE_TURNS, BESIDE_PROMPTS, fault=_fault_in_labeled
 )
 PREFERENCE_KINDS = (PAIRS, LABELED)
 
@@ -76,9 +87,7 @@ def read_preferences(records: Sequence[Record], *, labeled: bool) -> tuple[Kind,
     if not labeled:
         return kind, pairs
     return kind, [
-        Preference(pair.prompt, (pair.completions[index],), pair.source, index == 0, pair.tools, pair.is_cut)
-        for index in (0, 1)
-        for pair in pairs
+        replace(pair, completions=(pair.completions[index],), label=index == 0) for index in (0, 1) for pair in pairs
     ]
 
 
@@ -107,24 +116,45 @@ def _pair(values: dict[str, Any], source: str) -> Preference:
     """The pair of a record.
 
     Raises:
-        RequestError: messages that cannot be read.
+        RequestError: messages that cannot be read, or several prompts.
     """
     chosen, rejected = (_content(values[key]) for key in ("chosen", "rejected"))
-    prompt = None if values.get("prompt") is None else _content(values["prompt"])
-    tools = values.get("tools")
+    prompt = _given_prompt(values)
     is_cut = prompt is None and isinstance(chosen, str)
+    if is_cut and (key := next((key for key in ("system", *_BEFORE) if values.get(key)), None)) is not None:
+        raise RequestError(f"has {quote(key)} and texts without a 'prompt'; give what they answer as 'prompt'")
     # A text beside whole conversations is their first message, as in UltraFeedback.
     repeats = isinstance(prompt, str) and isinstance(chosen, list) and chosen and chosen[0].get("role") != "assistant"
     if prompt is None or repeats:
         end = _common_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-    prompt, completions = _alike(prompt, (chosen, rejected))
-    return Preference(prompt, completions, source, tools=tools, is_cut=is_cut)
+    return replace(_preference(values, prompt, (chosen, rejected), source), is_cut=is_cut)
+
+
+def _given_prompt(values: dict[str, Any]) -> Content | None:
+    """The prompt of a record, also by its names in Orca's and Alpaca's data sets; None if it has none."""
+    if values.get("prompt") is not None:
+        return _content(values["prompt"])
+    for key in ("question", *_PARTS):
+        if not isinstance(values.get(key), str | None):
+            raise RequestError(f"{quote(key)} is {TYPES.get(type(values[key]), 'no text')}, not text")
+    question, instruction = values.get("question"), instruction_of(values)
+    if question and instruction:
+        raise RequestError("has a 'question' and an 'instruction' or 'input'; give what is asked as 'prompt'")
+    return question or instruction or None
 
 
 def _labeled(values: dict[str, Any], source: str) -> Preference:
-    prompt, completions = _alike(_content(values["prompt"]), (_content(values["completion"]),))
-    return Preference(prompt, completions, source, bool(values["label"]), values.get("tools"))
+    found = _preference(values, _content(values["prompt"]), (_content(values["completion"]),), source)
+    return replace(found, label=bool(values["label"]))
+
+
+def _preference(values: dict[str, Any], prompt: Content, completions: tuple[Content, ...], source: str) -> Preference:
+    prompt, completions = _alike(prompt, completions)
+    system = system_of(values)
+    if isinstance(prompt, list):
+        prompt, system = with_system(system, prompt), ""
+    return Preference(prompt, completions, source, system=system, tools=values.get("tools"))
 
 
 def _alike(prompt: Content, completions: tuple[Content, ...]) -> tuple[Content, tuple[Content, ...]]:

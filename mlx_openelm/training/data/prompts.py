@@ -11,10 +11,10 @@ from typing import Any
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
-from ...wording import counted
-from .conversations import conversation, read_turns
+from ...wording import counted, subject
+from .conversations import check_texts, conversation, read_turns, system_of, with_system
 from .examples import OWN_TEMPLATE, Progress
-from .kinds import OF_TEMPLATES, TYPES, Kind, Record, recognize
+from .kinds import BESIDE_TURNS, OF_TEMPLATES, TYPES, Kind, Record, recognize
 
 _PROGRESS_EVERY = 256
 _SHOWN = 2000  # characters of a prompt
@@ -27,13 +27,13 @@ def _fault(values: dict[str, Any]) -> str | None:
     if not isinstance(prompt, list):
         return f"'prompt' is {TYPES.get(type(prompt), type(prompt).__name__)}, not text or messages"
     try:
-        conversation(read_turns(prompt), values.get("tools"))
+        conversation(with_system(system_of(values), read_turns(prompt)), values.get("tools"))
     except RequestError as error:
         return str(error)
     return None
 
 
-PROMPTS = Kind("prompts", ("prompt",), ("tools",), OF_TEMPLATES, fault=_fault, keeps_others=True)
+PROMPTS = Kind("prompts", ("prompt",), BESIDE_TURNS, OF_TEMPLATES, fault=_fault, keeps_others=True)
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class PromptsReport:
             f"{self.longest:,}"
         )
         if self.num_dropped:
+            were = subject(self.num_dropped, "prompt", "was", "were")
             yield name_options(
-                f"{split}: {self.num_dropped:,} were left out: with --max-completion-length they exceed "
-                f"--max-seq-length {max_seq_length}"
+                f"{split}: {were} left out, longer than --max-seq-length {max_seq_length} less --max-completion-length"
             )
 
 
@@ -190,15 +190,13 @@ def shown(prompt: Prompt, tokenizer: Tokenizer) -> str:
 def _prompt(record: Record, tokenizer: Tokenizer, template: str | Path | None) -> Prompt:
     values = dict(record.values)
     content = values.pop("prompt")
-    tools = values.get("tools")
     try:
         if template is None:
-            if tools:
-                raise RequestError("'tools' needs a chat template that shows them: give --chat-template FILE")
+            check_texts(values)
             tokens = tokenizer.encode(content)
         else:
             turns = content if isinstance(content, list) else [{"role": "user", "content": content}]
-            chat = conversation(read_turns(turns), tools)
+            chat = conversation(with_system(system_of(values), read_turns(turns)), values.get("tools"))
             name = None if template == OWN_TEMPLATE else template
             tokens = tokenizer.apply_chat_template(chat.messages, name, tools=chat.tools)
     except RequestError as error:

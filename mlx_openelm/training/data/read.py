@@ -5,11 +5,8 @@ The formats are JSON lines (`.jsonl`), JSON arrays (`.json`), both also gzipped,
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import random
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 from ...errors import RequestError
 from ...inputs import check_file, to_path
+from ...json_values import NotJSON, read_values
 from ...wording import install
 from .kinds import KINDS, Faults, Kind, Record, columns_to_read, recognize
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
@@ -155,68 +153,16 @@ def read_records(paths: Sequence[Path], kinds: Sequence[Kind] = KINDS) -> list[R
         check_file(path)
         before = len(records), faults.number
         is_table = path.suffix.lower() == ".parquet"
-        for value, source in _read_parquet(path, kinds) if is_table else _read_json(path):
+        for value, source in _read_parquet(path, kinds) if is_table else read_values(path):
             if isinstance(value, dict):
                 records.append(Record(value, source))
             else:
-                faults.add(source, value.reason if isinstance(value, _NotJSON) else "is not a JSON object {...}")
+                faults.add(source, value.reason if isinstance(value, NotJSON) else "is not a JSON object {...}")
         if (len(records), faults.number) == before:
             raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
     faults.check()
     recognize(records, kinds)
     return records
-
-
-@dataclass(frozen=True)
-class _NotJSON:
-    """Stands in for a value that could not be read."""
-
-    reason: str
-
-
-def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
-    """The values of a file with JSON lines or a JSON array, whatever its name, and where each is."""
-    try:
-        content = _decompress(path) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    # JSON lines hold objects, so a file that begins with a bracket is an array, unless its name says .jsonl.
-    if content.lstrip()[:1] == b"[" and ".jsonl" not in path.name.lower():
-        array = _parse(content)
-        if isinstance(array, _NotJSON):
-            raise RequestError(f"{path.name}: {array.reason}.")
-        for number, value in enumerate(array, 1):
-            yield value, f"{path.name}, item {number}"
-        return
-    # bytes.splitlines only splits at \n, \r\n and \r; JSON strings may contain the other line ends of str.
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            yield _parse(line), f"{path.name}, line {number}"
-
-
-def _decompress(path: Path) -> bytes:
-    """The content of a gzipped file. One that expands far more than text could fill the memory, and is refused."""
-    limit = (1 << 24) + 100 * path.stat().st_size
-    with gzip.open(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise RequestError(f"{path} unpacks to more than 100 times its size; unpack it and give the .jsonl or .json.")
-    return content
-
-
-def _parse(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _NotJSON(f"is not UTF-8 text (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        return _NotJSON(f"is not JSON ({error.msg}: {place})")
-    except RecursionError:
-        return _NotJSON("is not JSON that can be read (nested too deeply)")
-    except ValueError as error:
-        return _NotJSON(f"is not JSON ({error})")
 
 
 def _read_parquet(path: Path, kinds: Sequence[Kind]) -> Iterable[tuple[Any, str]]:

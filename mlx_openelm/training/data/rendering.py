@@ -26,32 +26,56 @@ def render_text(prompt: str, completion: str, tokenizer: Tokenizer, *, mask_prom
 
 
 def render_chat(
-    conversation: Conversation, tokenizer: Tokenizer, template: str | Path | None, *, mask_prompt: bool
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    template: str | Path | None,
+    *,
+    mask_prompt: bool,
+    limit: int | None = None,
 ) -> tuple[list[int], Spans]:
     """A conversation through the chat template; messages with weight 0 are not learned.
 
     With `mask_prompt` only the assistant's turns after the prompt are learned, each from where generation would begin
     to the token that ends it. What follows the last of them is left out, as nothing in it is learned.
 
+    Args:
+        limit: where the example will be cut. Spans from there on may be missing: each takes the time to render the
+            whole conversation before it.
+
     Raises:
         RequestError: a template that fails, or that renders the start of a conversation differently on its own.
     """
-    messages, weighted = conversation.messages, conversation.weighted
     turns = _Turns(conversation, tokenizer, template)
     tokens = turns.tokens
-    if not mask_prompt:
-        without = [turns.span(index) for index in range(len(messages)) if not weighted[index]]
-        return tokens, _cut_out(_all_but(tokenizer.bos_token_id, tokens), without)
+    limit = len(tokens) if limit is None else limit
+    if mask_prompt:
+        spans = _assistants_spans(conversation, turns, limit)
+        return tokens[: spans[-1][1]] if spans else tokens, spans
+    without: list[tuple[int, int]] = []
+    for index, weighted in enumerate(conversation.weighted):
+        if not weighted and not (without and without[-1][1] >= limit):
+            without.append(turns.span(index))
+    return tokens, _cut_out(_all_but(tokenizer.bos_token_id, tokens), without)
+
+
+def _assistants_spans(conversation: Conversation, turns: _Turns, limit: int) -> Spans:
+    """The assistant's turns that are learned: all that begin before `limit`, and the last, where the example ends."""
+    indices = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    learned = {index for index in indices if index >= conversation.prompt and conversation.weighted[index]}
+    if not learned:
+        return ()
+    # Two turns in a row may overlap by the token between them, so the one before the first is needed as well.
+    first, last = max(0, indices.index(min(learned)) - 1), max(learned)
     spans: list[tuple[int, int]] = []
     end = 0
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, stop = turns.span(index)
-            # Two turns in a row may overlap by the token between them.
-            start, end = max(start, end), stop
-            if weighted[index] and index >= conversation.prompt and start < stop:
-                spans.append((start, stop))
-    return tokens[: spans[-1][1]] if spans else tokens, tuple(spans)
+    for index in indices[first:]:
+        if end >= limit and index != last:
+            continue
+        start, stop = turns.span(index)
+        start, end = max(start, end), stop
+        if index in learned and start < stop:
+            spans.append((start, stop))
+    return tuple(spans)
 
 
 class _Turns:

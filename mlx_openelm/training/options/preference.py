@@ -115,7 +115,7 @@ class PreferenceOptions(FineTuneOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
-            object.__setattr__(self, "loss_type", (self.loss_type,))
+            object.__setattr__(self, "loss_type", tuple(name.strip() for name in self.loss_type.split(",")))
         super().__post_init__()
 
     @property

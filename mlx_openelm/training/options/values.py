@@ -8,11 +8,12 @@ import typing
 from dataclasses import fields
 from typing import Any
 
-from ...errors import RequestError
+from ...errors import RequestError, quote
 from ...wording import flag
 from .source import Source, to_sources
 
-# The ranges of options, by field: the smallest value, those that must be more than 0, those that must be less than 1.
+# The ranges of options, by field: the smallest value, the largest, those that must be more than 0, those that must be
+# less than 1.
 _LEAST = {
     "batch_size": 1,
     "grad_accumulation_steps": 1,
@@ -66,6 +67,7 @@ _LEAST = {
     "num_iterations": 1,
     "beta": 0,
 }
+_MOST = {"seed": 2**64 - 1}  # MLX's random numbers take 64 bits
 _POSITIVE = (
     "epochs",
     "learning_rate",
@@ -130,6 +132,8 @@ def check_range(field: str, value: Any) -> None:
     """
     if field in _LEAST and value < _LEAST[field]:
         raise RequestError(f"{flag(field)} must be {_LEAST[field]} or more, got {value}.")
+    if field in _MOST and value > _MOST[field]:
+        raise RequestError(f"{flag(field)} must be {_MOST[field]} or less, got {quote(value)}.")
     if field in _POSITIVE and value <= 0:
         raise RequestError(f"{flag(field)} must be more than 0, got {value}.")
     if field in _BELOW_ONE and value >= 1:

@@ -229,8 +229,10 @@ def continue_record(record: dict[str, Any], before: Mapping[str, Any]) -> None:
     """Give the record of a continued run its original start, and the list of times it was resumed.
 
     Raises:
-        RequestError: the data is not the same.
+        RequestError: the data is not the same, or what a method records.
     """
+    for name, value in record.get("method", {}).items():
+        _refuse_change(name, value, before.get("method", {}).get(name, value), file=Path(RUN))
     if record["data"]["fingerprint"] != before["data"].get("fingerprint"):
         raise RequestError(
             "The data is not what this run learned from before, or is read in another way; --resume needs the same. "
@@ -247,7 +249,7 @@ def _length(options: Mapping[str, Any]) -> tuple[Any, Any]:
     return options.get("iters") if options.get("epochs") is None else None, options.get("epochs")
 
 
-def _refuse_change(name: str, value: Any, old: Any, *, file: Path, folder_flag: str) -> None:
+def _refuse_change(name: str, value: Any, old: Any, *, file: Path, folder_flag: str = "--adapter-path") -> None:
     if value != old:
         raise RequestError(
             f"The run to --resume has {name} {_show(old)}, not {_show(value)} (see {file}); give the same value, or "

@@ -68,6 +68,10 @@ class Method:
             return updater.evaluate
         return partial(evaluate, prepared.model, objective=self.objective(request), group=request.processes.group)
 
+    def record(self) -> dict[str, Any]:
+        """What the run's record has of this method alone; it must be the same when the run is continued."""
+        return {}
+
     def objective(self, request: Request) -> Objective:
         """What is minimized."""
         return CrossEntropy(z_loss=request.options.z_loss, label_smoothing=request.options.label_smoothing)

@@ -139,6 +139,7 @@ def prepare(
         examples[split] = tokenize(split, records, tokenizer, length)
         for line in examples[split].report.lines(split, length):
             listener.say(line)
+    _check_templates(examples)
     prepared = Prepared(model, tokenizer, examples, length)
     if was_given_template and prepared.main_examples.report.chat_template is not None:
         listener.say(
@@ -150,6 +151,16 @@ def prepare(
     listener.say(prepared.main_examples.report.sample_title)
     listener.say(prepared.main_examples.report.sample_text())
     return prepared
+
+
+def _check_templates(examples: dict[str, AnyExamples]) -> None:
+    """Refuse splits that are read in different ways: what is measured on one would not be what the other learns."""
+    templates = {split: found.report.chat_template for split, found in examples.items()}
+    if len(set(templates.values())) > 1:
+        each = ", ".join(f"{split} with {template or 'none'}" for split, template in templates.items())
+        raise RequestError(
+            f"Some splits are rendered with a chat template and others without ({each}); make all examples of one kind."
+        )
 
 
 def _read(options: FineTuneOptions, listener: Listener, kinds: Sequence[Kind]) -> Splits:

@@ -66,10 +66,8 @@ class Rewards:
             with contextlib.redirect_stdout(sys.stderr):  # stdout has the results, which may be JSON
                 found = function(**arguments)
             values = [math.nan if value is None else float(value) for value in found]
-        except Exception as error:
-            raise OpenELMError(
-                f"The reward function {name} failed: {type(error).__name__}: {error}{_place(error)}."
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise OpenELMError(f"The reward function {name} failed: {_told(error)}.") from error
         if len(values) != len(completions):
             raise OpenELMError(
                 f"The reward function {name} returned {counted(len(values), 'reward')} for {len(completions)} "
@@ -104,6 +102,8 @@ def make_rewards(
     if not named:
         raise RequestError("There are no rewards; give --reward-funcs FILE.py:NAME, or --reward-regex.")
     for name, function in named:
+        if not callable(function):
+            raise RequestError(f"reward_funcs are functions, got {quote(function)}; the options name those of files.")
         if _is_async(function):
             raise RequestError(f"{name} is an async function, which is not offered; make it an ordinary one.")
     names = [name for name, _ in named]
@@ -125,8 +125,8 @@ def _load(spec: str) -> tuple[str, RewardFunction]:
     check_file(path)
     try:
         function = getattr(_module(path), name, None)
-    except Exception as error:
-        raise RequestError(f"{file} cannot be imported: {type(error).__name__}: {error}{_place(error)}.") from error
+    except (Exception, SystemExit) as error:
+        raise RequestError(f"{file} cannot be imported: {_told(error)}.") from error
     if not callable(function):
         raise RequestError(f"{file} has no function {quote(name)}.")
     return name, function
@@ -207,8 +207,8 @@ def _accepted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict
     return {name: values for name, values in arguments.items() if name in names}
 
 
-def _place(error: Exception) -> str:
-    """Where an error was raised: the last line of the user's file."""
+def _told(error: BaseException) -> str:
+    """An error of a user's code in one line, with its place: the last line of the user's file."""
     trace = error.__traceback__
     place = ""
     while trace is not None:
@@ -216,4 +216,4 @@ def _place(error: Exception) -> str:
         if not code.co_filename.startswith("<") and Path(code.co_filename) != Path(__file__):
             place = f" ({Path(code.co_filename).name}, line {trace.tb_lineno})"
         trace = trace.tb_next
-    return place
+    return ": ".join(filter(None, (type(error).__name__, str(error)))) + place

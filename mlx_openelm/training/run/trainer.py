@@ -94,6 +94,10 @@ class _Stop(Exception):
     """A validation was abandoned because the user asked to stop."""
 
 
+class _NotFinite(OpenELMError):
+    """The validation loss is not finite, so the weights are not worth keeping."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """The parts of a training run.
@@ -144,7 +148,7 @@ def train(run: TrainingRun, state: RunState | None = None) -> Result:
 
     Raises:
         OpenELMError: a loss or a gradient is not finite, and nothing was saved since; or a checkpoint could not be
-            written.
+            written. After an error in a validation, or in the measurement of tasks, the last step is saved.
     """
     loop = _Loop(run, state or RunState(), None if state is None else state.step)
     try:
@@ -191,13 +195,19 @@ class _Loop:
         finished = self.state.step >= self.run.total_steps
         stopped = self.run.processes.any(self.interrupts.requested)
         improved = False
-        if not stopped and self._validation_is_due(finished):
-            try:
+        try:
+            if not stopped and self._validation_is_due(finished):
                 improved = self._validate()
-            except _Stop:
-                stopped = True
-        if not stopped and self.run.tasks is not None and self._tasks_are_due(finished):
-            self._measure()
+            if not stopped and self.run.tasks is not None and self._tasks_are_due(finished):
+                self._measure()
+        except _Stop:
+            stopped = True
+        except _NotFinite:
+            raise
+        except Exception:  # of a user's reward, or of a task: the training before it must not be lost
+            if self.state.step > 0:
+                self._save()
+            raise
         limit = self.run.options.early_stop
         early = limit is not None and self.state.stale >= limit
         due = self.state.step > 0 and self.state.step % self.run.options.save_every == 0
@@ -317,7 +327,7 @@ class _Loop:
         evaluation = self.run.evaluate(self._check_interrupt)
         loss = evaluation.loss
         if not math.isfinite(loss):
-            raise OpenELMError(
+            raise _NotFinite(
                 f"The validation loss is {loss} after step {state.step}; nothing was saved since. "
                 f"{self.run.checkpoints.advice()}{_FROM_THE_START if state.step == 0 else ''}"
             )

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from ....errors import RequestError, quote
 from ....inputs import LFS_POINTER, kind_of, pointer_error
+from ....json_values import spread_error
 from ....wording import install, some
 from .files import TextFile
 
@@ -86,7 +87,7 @@ def damaged(file: TextFile, raw: Raw, reason: Damaged) -> RequestError:
 
 
 def text_of(raw: Raw, file: TextFile) -> str:
-    """The text of a document; empty for a blank line.
+    """The text of a document; empty for a blank line, and for null.
 
     Raises:
         Damaged: it is not UTF-8, not JSON, or has no text under the key.
@@ -107,9 +108,9 @@ def text_of(raw: Raw, file: TextFile) -> str:
         value = value[file.text_key]
     elif not isinstance(value, str | None) or isinstance(raw.content, bytes):
         raise Damaged(f"is {kind_of(value)}, not a JSON object with {quote(file.text_key)}")
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise Damaged(f"{quote(file.text_key)} is {kind_of(value)}, not text")
-    return value
+    return value or ""
 
 
 def place_of(path: str, number: int) -> str:
@@ -148,19 +149,27 @@ def _lines(file: TextFile, start: int) -> Iterator[list[Raw]]:
         first = stream.readline(_LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
         if first.startswith(LFS_POINTER):
             raise pointer_error(Path(file.path))
+        if first.strip() == b"{":
+            raise spread_error(Path(file.path))
         if first.lstrip()[:1] == b"[" and ".jsonl" not in file.name.lower():
             yield from itertools.islice(_array(file, first + stream.read()), start, None)
             return
-        lines = itertools.chain([first] if first else [], iter(lambda: stream.readline(_LONGEST_LINE), b""))
-        numbered = zip(itertools.count(1), lines)
+        pieces = itertools.chain([first] if first else [], iter(lambda: stream.readline(_LONGEST_LINE), b""))
+        numbered = enumerate(_split(pieces, file), 1)
         for number in itertools.count():
             chunk = list(itertools.islice(numbered, CHUNK))
             if not chunk:
                 return
-            if any(len(line) == _LONGEST_LINE for _, line in chunk):
-                raise RequestError(f"{file.path} has a line of more than {_LONGEST_LINE >> 20} MB.")
             if number >= start:
                 yield [Raw(line, at) for at, line in chunk]
+
+
+def _split(pieces: Iterable[bytes], file: TextFile) -> Iterator[bytes]:
+    """The lines of what `readline` gives, which only knows LF; lines may also end with CR, as JSON holds none."""
+    for piece in pieces:
+        if len(piece) == _LONGEST_LINE:
+            raise RequestError(f"{file.path} has a line of more than {_LONGEST_LINE >> 20} MB.")
+        yield from piece.splitlines() if b"\r" in piece else (piece,)
 
 
 def _array(file: TextFile, content: bytes) -> Iterator[list[Raw]]:

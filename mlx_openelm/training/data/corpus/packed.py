@@ -17,6 +17,8 @@ from .reader import Chunk, Position
 
 # Positions of a window of documents that are packed together: 512 rows of 2048.
 WINDOW = 1 << 20
+# A text of a few words would be read a hundred thousand times to fill one; after so many epochs a row is enough.
+MOST_EPOCHS = 1024
 
 
 class Document(NamedTuple):
@@ -169,7 +171,8 @@ class PackedRows:
     def _fill_window(self) -> list[Row]:
         documents = list(self._carried)
         size = sum(len(document.targets) for document in documents)
-        while size < max(WINDOW, self._length):
+        first = [source.epoch for source in self._sources]
+        while size < self._length or (size < WINDOW and self._epochs_since(first) < MOST_EPOCHS):
             document = self._take_document()
             documents.append(document)
             size += len(document.targets)
@@ -181,6 +184,10 @@ class PackedRows:
             random.Random(f"{self._seed} window {self._window}").shuffle(filled)
         self._carried = [_cut(documents[piece.document], piece) for piece in left]
         return [Row([_cut(documents[piece.document], piece) for piece in row]) for row in filled]
+
+    def _epochs_since(self, first: list[int]) -> int:
+        """The epochs since those, of the source that has the fewest."""
+        return min(source.epoch - epoch for source, epoch in zip(self._sources, first, strict=True))
 
     def _take_document(self) -> Document:
         """The next document of the source that is furthest behind its share."""
