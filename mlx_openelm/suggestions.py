@@ -202,7 +202,7 @@ _REFUSED_KEYWORDS = {
 _RENAMED_KEYWORDS = {
     "path_or_hf_repo": "model",
     "prompt_progress_callback": "progress",
-    **dict.fromkeys(("completion_batch_size", "prefill_batch_size"), "max_rows"),
+    "completion_batch_size": "max_rows",
     "stop_tokens": "stop",
 }
 

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from mlx_openelm import blas, console, load, native, stream_generate
 from mlx_openelm.cli import doctor
-from mlx_openelm.cli.main import COMMANDS
+from mlx_openelm.cli.main import COMMANDS, parse
 from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet
 
@@ -167,6 +167,12 @@ def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "convert", "--mlx-path", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "gone", env=environment())
     assert done.stderr == "error: The current folder does not exist any more; change to another.\n"
+
+
+@pytest.mark.parametrize("flags", [["-m5"], ["--max-tokens=5"], ["--trust-remote-code"]])
+def test_a_prompt_may_follow_any_flag(flags: list[str]) -> None:
+    _, values = parse(["generate", *flags, "To be"])
+    assert values.words == ["To be"]
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
         ("lr_schedule: {name: [a]}", "lr_schedule.name must be cosine_decay or linear_schedule, got ['a']."),
         ("optimizer: [adam]\noptimizer_config: {adam: {}}", "optimizer must be text, got ['adam']."),
         (f"learning_rate: 1{'0' * 400}", "learning_rate must be a number, got 1000"),
-        (f"seed: 1{'0' * 400}", "seed must be a whole number below 2**63, got 1000"),
+        (f"seed: 1{'0' * 400}", "seed must be a whole number below 2**64, got 1000"),
         ("lora_parameters: {keys: attn}", "lora_parameters.keys must be a list, got 'attn'."),
         (
             "lr_schedule: {name: step_decay, arguments: [1, 2]}",
@@ -285,7 +285,23 @@ def test_invalid_settings_are_named(text: str, message: str, tmp_path: Path) -> 
 
 
 # What YAML can hold where something else is expected.
-STRANGE = [["a"], [["a"]], [{"a": 1}], [None], [10**400], {"a": 1}, {}, None, True, 10**400, math.nan, 1.5, "text", ""]
+STRANGE = [
+    ["a"],
+    [["a"]],
+    [{"a": 1}],
+    [None],
+    [10**400],
+    {"a": 1},
+    {},
+    None,
+    True,
+    10**400,
+    1 << 63,
+    math.nan,
+    1.5,
+    "text",
+    "",
+]
 # A file with such a value in a nested place.
 NESTED: list[Callable[[Any], dict[str, Any]]] = [
     *((lambda value, key=key: {"lora_parameters": {key: value}}) for key in ("rank", "scale", "alpha", "keys")),

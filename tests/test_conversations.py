@@ -330,11 +330,11 @@ def test_tools_are_refused_if_the_template_would_drop_them(tmp_path):
         ({"prompt": [USER], "completion": [KING], "images": ["x.png"]}, "'images' is not offered"),
         ({"messages": [USER, KING], "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is not offered"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not offered"),
-        ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not offered"),
+        ({"instruction": "a", "output": "b", "system": "c"}, "'system' needs a chat template"),
         ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "'history' is not offered"),
         ({"prompt": "a", "completion": "b", "system": "c"}, "'system' needs a chat template"),
         ({"messages": [USER, KING], "system": ["c"]}, "'system' is a list, not text"),
-        ({"conversations": [SYSTEM, USER, KING], "system": "c"}, "a system's message with another text; keep one"),
+        ({"conversations": [SYSTEM, USER, KING], "system": "c"}, "have different texts; keep one"),
         (
             {"prompt": [USER], "chosen": [KING], "rejected": [LAST]},
             "preference pairs (chosen, rejected), which `mlx-openelm dpo` learns from",

@@ -429,7 +429,7 @@ def test_examples_whose_completion_is_cut_off_are_kept_and_reported():
 def test_examples_without_text_are_reported():
     report = tokenize(records({"text": ""}, {"text": "To be"}, {"text": ""}), tokenizer, max_seq_length=64).report
     assert report.num_empty == 2
-    assert "train: 2 have no text, so that only its end is learned" in report.lines("train", 64)
+    assert "train: 2 examples have no text; only the end of a text is learned from it" in report.lines("train", 64)
 
 
 def test_conversations_without_an_assistant_are_reported():

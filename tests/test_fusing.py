@@ -552,8 +552,8 @@ def test_a_quantized_base_can_be_stored_in_another_packing(packed: dict[str, Pat
     ("changes", "message"),
     [
         ({"quantize": True, "dequantize": True}, "Choose either quantize or dequantize"),
-        ({"q_bits": 4}, "need quantize"),
-        ({"recipe": "mixed_3_6"}, "need quantize"),
+        ({"q_bits": 4}, "needs quantize"),
+        ({"recipe": "mixed_3_6"}, "needs quantize"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be"),
         ({"dequantize": True}, "The model is not quantized, so there is nothing to dequantize"),
         ({"dtype": "int8"}, "dtype must be one of"),

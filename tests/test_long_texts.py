@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
-from itertools import pairwise
 
 from mlx_openelm.text import tokenizers_engine
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -25,18 +22,16 @@ def test_a_long_text_has_the_ids_of_its_parts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_other_threads_go_on_meanwhile() -> None:
     tokenizer: Tokenizer = tiny()[1]
-    times, done = [time.perf_counter()], threading.Event()
+    wakes, done = 0, threading.Event()
 
     def watch() -> None:
+        nonlocal wakes
         while not done.wait(0.001):
-            times.append(time.perf_counter())
+            wakes += 1
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
     tokenizer.encode("hello word " * 100_000)
-    seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    assert max(later - earlier for earlier, later in pairwise(times)) < seconds / 2
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert wakes > 20

@@ -31,6 +31,7 @@ NAMES = {
         "data",
         "logits_processors",
         "models",
+        "reward_funcs",
     ),
     *("rms_norm_eps", "sampler", "tokenizer_config"),
 }

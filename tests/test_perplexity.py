@@ -238,7 +238,7 @@ def test_reading_a_large_file_is_announced(loaded, tmp_path, monkeypatch, capsys
     text.write_text("To be, or not to be. " * 100)
     perplexity(*loaded, text, sequence_length=64)
     said: list[str] = []
-    options = QuantizeOptions(method="awq", calibration=str(text), sequence_length=64, num_samples=1)
+    options = QuantizeOptions(method="gptq", calibration=str(text), sequence_length=64, num_samples=1)
     quantize(FIXTURES / "shakespeare-hf", tmp_path / "quantized", options, say=said.append, progress=False)
     assert said == ["Reading text.txt, 2.1 kB"] == capsys.readouterr().err.splitlines()[:1]
     perplexity(*loaded, text, sequence_length=64, progress=False)

@@ -79,6 +79,7 @@ ANSWERS = {"chosen": "A friend.", "rejected": "Nobody at all."}
         ({"system": "Be brief.", "prompt": [SYSTEM, USER]}, [SYSTEM, USER], ""),
         ({"system": "Be brief.", "question": "Who is there?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
          [SYSTEM, USER], ""),
+        ({"input": ["what is no prompt"], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ""),
     ],
 )  # fmt: skip
 def test_prompts_have_other_names_and_a_system_beside_them(values, prompt, system):
@@ -118,12 +119,12 @@ def test_labeled_completions_and_pairs_for_kto():
         ({"prompt": "A", "completion": "b", "label": True}, "which loss_type kto learns from; other losses"),
         ({"chosen": "a", "rejected": "b", "images": ["x"]}, "'images' is not offered"),
         ({**ANSWERS, "prompt": "A", "history": [["b", "c"]]}, "'history' is not offered"),
-        ({**ANSWERS, "question": "A", "instruction": "B"}, "has a 'question' and an 'instruction' or 'input'"),
+        ({**ANSWERS, "question": "A", "instruction": "B"}, "'question' stands beside an 'instruction' or 'input'"),
         ({**ANSWERS, "question": ["A"]}, "'question' is a list, not text"),
-        ({**ANSWERS, "system": "A"}, "has 'system' and texts without a 'prompt'"),
-        ({**ANSWERS, "conversations": [USER]}, "has 'conversations' and texts without a 'prompt'"),
+        ({**ANSWERS, "system": "A"}, "'system' stands beside texts without a 'prompt'"),
+        ({**ANSWERS, "conversations": [USER]}, "'conversations' stands beside texts without a 'prompt'"),
         ({**ANSWERS, "prompt": "A", "system": 1}, "'system' is a number, not text"),
-        ({**ANSWERS, "prompt": [SYSTEM, USER], "system": "Talk."}, "a system's message with another text"),
+        ({**ANSWERS, "prompt": [SYSTEM, USER], "system": "Talk."}, "have different texts"),
         ({"chosen": [{"from": "alien", "value": "a"}], "rejected": [USER]}, "Message 0 is from 'alien'"),
     ],
 )  # fmt: skip

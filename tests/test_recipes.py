@@ -127,9 +127,9 @@ def test_a_packing_carries_the_flags_that_commands_share():
     ("flags", "expected"),
     [
         ({"quantize": True, "dequantize": True}, "either quantize or dequantize"),
-        ({"q_bits": 4}, "need quantize"),
-        ({"recipe": "mixed_3_6"}, "need quantize"),
-        ({"q_mode": "mxfp4", "dequantize": True}, "need quantize"),
+        ({"q_bits": 4}, "needs quantize"),
+        ({"recipe": "mixed_3_6"}, "needs quantize"),
+        ({"q_mode": "mxfp4", "dequantize": True}, "needs quantize"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"quantize": True, "recipe": "mixed_3_6", "q_bits": 4}, "leave q_bits and q_mode out"),
     ],

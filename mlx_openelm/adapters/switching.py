@@ -194,7 +194,8 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
         RequestError: no adapter, something that is no path, or a weight that is not a number.
     """
     if isinstance(adapter_path, Mapping):
-        found = [(os.fspath(path), _to_weight(os.fspath(path), weight)) for path, weight in adapter_path.items()]
+        paths = [os.fspath(path) for path in path_list(list(adapter_path), "--adapter-path")]
+        found = [(path, _to_weight(path, weight)) for path, weight in zip(paths, adapter_path.values(), strict=True)]
     else:
         found = [_parse_path(path) for path in path_list(adapter_path, "--adapter-path")]
     if not found:

@@ -143,6 +143,8 @@ class Parser(argparse.ArgumentParser):
                 continue
             flag, equals, value = word.partition("=")
             action = self.flags.get(flag)
+            if action is not None and flag.startswith("--") and flag != action.option_strings[0]:
+                errors.typed[action.option_strings[0]] = flag
             if action is None:
                 if (flag.startswith("--") or flag[:2] not in self.flags) and self._is_refused(flag):
                     continue
@@ -154,8 +156,6 @@ class Parser(argparse.ArgumentParser):
             elif action.nargs == 0 and equals:
                 self.error(f"{flag} takes no value")
             elif action.nargs is None and not equals:
-                if flag.startswith("--") and flag != action.option_strings[0]:
-                    errors.typed[action.option_strings[0]] = flag
                 if not words or words[0].partition("=")[0] in self.flags:  # a flag is no value: that was forgotten
                     self._refuse_value(flag, *list(words)[:1])
                 value = words.popleft()
@@ -174,7 +174,7 @@ class Parser(argparse.ArgumentParser):
         has_prompt = any(word.partition("=")[0] in ("--prompt", "-p", "--prompt-file") for word in flags)
         is_one_prompt = "--prompt" in self.flags and len(arguments) + has_prompt == 1
         takes_many = any(not action.option_strings for action in self._actions) and "--prompt" not in self.flags
-        if isinstance(self.flags[self._before], argparse._AppendAction) and not is_one_prompt and not takes_many:
+        if isinstance(self.flags.get(self._before), argparse._AppendAction) and not is_one_prompt and not takes_many:
             each = " ".join(f"{self._before} {shlex.quote(word)}" for word in (value, arguments[0]))
             raise RequestError(f"{self._before} takes one value at a time; repeat it: {each}.")
 

@@ -198,7 +198,8 @@ def read_prompt(args: Namespace, command: str = "generate") -> str:
     """The prompt from the argument, the flag, the file, or standard input."""
     words, prompt, prompt_file = args.words, args.prompt, args.prompt_file
     is_quoted = any(" " in text for text in (prompt or "", *words))
-    if len(words) > 1 if prompt is None else words and not is_quoted and args.before_words in ("--prompt", "-p"):
+    goes_on = bool(words) and args.before_words in ("--prompt", "-p") and not is_quoted
+    if goes_on or (prompt is None and len(words) > 1):
         text = " ".join([*([prompt] if prompt is not None else []), *words])
         raise RequestError(f"A prompt of several words needs quotes: mlx-openelm {command} {shlex.quote(text)}.")
     if len([text for text in (*words, prompt, prompt_file) if text is not None]) > 1:

@@ -64,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     debug = "--debug" in words  # also while they are parsed
     errors.names_flags = True
+    # Otherwise the tokenizers package warns in each process that starts after a long text was encoded.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -128,7 +130,7 @@ def _exit_code(error: BaseException, debug: bool) -> int:
 
 
 def _is_from_printing(error: OSError) -> bool:
-    """Whether an error comes from a write of this room or of `console`, which write to standard output only."""
+    """Whether an error comes from printing, by this package or by `console`: what they write to is what it is about."""
     from traceback import walk_tb
 
     *_, (frame, _) = walk_tb(error.__traceback__)

@@ -15,7 +15,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, command_or_call, name_options
 from ..generation.options import check_number
 from ..inputs import check_file, read_text_source, to_path
-from ..json_values import read_unpacked, read_values
+from ..json_values import NotJSON, read_unpacked, read_values
 from ..messages import warn
 from ..publishing.command_line import command_line
 from ..text.tokenizer import Tokenizer
@@ -115,10 +115,12 @@ def _parquet_documents(path: Path) -> list[str]:
 
 
 def _document(path: Path, place: str, value: Any, loading: Mapping[str, Any]) -> str:
+    if isinstance(value, NotJSON):
+        raise RequestError(f"{path.parent / place}: {value.reason}.")
     record = value if isinstance(value, dict) else {}
     text = record.get("text")
     if not isinstance(text, str):
-        wrong = f"{path.with_name(place)}: expected a JSON object with the string 'text'"
+        wrong = f"{path.parent / place}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
             command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)

@@ -76,7 +76,14 @@ def integer(low: int, high: int = 2**31 - 1) -> Check:
 
 def max_tokens(low: int) -> Check:
     """A number of tokens; -1 is up to the end of the context, as for the server itself."""
-    return lambda name, value: -1 if type(value) is int and value == -1 else integer(low)(name, value)
+
+    def check(name: str, value: Any) -> int:
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_whole or not (low <= value < 2**31 or value == -1):
+            raise wrong(name, f"a whole number from {low} to {2**31 - 1}, or -1", value)
+        return int(value)
+
+    return check
 
 
 def boolean(name: str, value: Any) -> bool:

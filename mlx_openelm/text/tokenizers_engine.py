@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import secrets
 import warnings
@@ -142,8 +141,6 @@ class TokenizersEngine:
         if len(text) <= _LONG_TEXT:
             ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         else:
-            # Unless this is set, a batch counts as parallel work, and the package warns when the process forks later.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             text, *rest = _cut_between_words(text) if self._words_are_apart else [text]
             space = "" if self.spec.adds_space and not self.spec.first_only else " "  # or it is put there
             found = encoder.encode_batch_fast([text], add_special_tokens=False)

@@ -74,7 +74,7 @@ def with_system(system: str, turns: list[Any]) -> list[Any]:
     """
     own = next((turn for turn in turns if turn.get("role") in ("system", "developer")), None)
     if own is not None and system and own.get("content") != system:
-        raise RequestError("has a 'system', and a system's message with another text; keep one of them")
+        raise RequestError("'system' and the system's message have different texts; keep one of them")
     return [{"role": "system", "content": system}, *turns] if system and turns and own is None else turns
 
 

@@ -105,7 +105,7 @@ class Report:
             yield f"{split}: {have} nothing to learn"
         if self.num_empty:
             have = subject(self.num_empty, "example", "has", "have")
-            yield f"{split}: {have} no text, so that only its end is learned"
+            yield f"{split}: {have} no text; only the end of a text is learned from it"
 
 
 def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:

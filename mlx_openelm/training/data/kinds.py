@@ -47,7 +47,7 @@ TURNS = Kind(
 COMPLETION = Kind("prompt and completion", ("prompt", "completion"), BESIDE_TURNS, BESIDE_PROMPTS)
 CHAT = Kind("chat messages", ("messages",), BESIDE_TURNS, (*OF_TEMPLATES, "functions"))
 SHAREGPT = Kind("ShareGPT conversations", ("conversations",), BESIDE_TURNS, OF_TEMPLATES)
-INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
+INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input", "system"), ("history",))
 TEXT = Kind("text", ("text",))
 # In mlx-lm's order of precedence, with `text` after instructions, as many instruction data sets have a rendered copy
 # under that key. ShareGPT, which mlx-lm does not read, is last: what mlx-lm recognizes as another kind, we do too.

@@ -119,28 +119,34 @@ def _pair(values: dict[str, Any], source: str) -> Preference:
         RequestError: messages that cannot be read, or several prompts.
     """
     chosen, rejected = (_content(values[key]) for key in ("chosen", "rejected"))
-    prompt = _given_prompt(values)
+    is_whole = isinstance(chosen, list) and bool(chosen) and chosen[0].get("role") != "assistant"
+    prompt = _given_prompt(values, is_whole)
     is_cut = prompt is None and isinstance(chosen, str)
     if is_cut and (key := next((key for key in ("system", *_BEFORE) if values.get(key)), None)) is not None:
-        raise RequestError(f"has {quote(key)} and texts without a 'prompt'; give what they answer as 'prompt'")
+        raise RequestError(f"{quote(key)} stands beside texts without a 'prompt'; give what they answer as 'prompt'")
     # A text beside whole conversations is their first message, as in UltraFeedback.
-    repeats = isinstance(prompt, str) and isinstance(chosen, list) and chosen and chosen[0].get("role") != "assistant"
-    if prompt is None or repeats:
+    if prompt is None or (is_whole and isinstance(prompt, str)):
         end = _common_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
     return replace(_preference(values, prompt, (chosen, rejected), source), is_cut=is_cut)
 
 
-def _given_prompt(values: dict[str, Any]) -> Content | None:
-    """The prompt of a record, also by its names in Orca's and Alpaca's data sets; None if it has none."""
+def _given_prompt(values: dict[str, Any], is_whole: bool) -> Content | None:
+    """The prompt of a record, also by its names in Orca's and Alpaca's data sets; None if it has none.
+
+    Args:
+        is_whole: whether the answers are whole conversations, which have their prompt.
+    """
     if values.get("prompt") is not None:
         return _content(values["prompt"])
+    if is_whole:
+        return None
     for key in ("question", *_PARTS):
         if not isinstance(values.get(key), str | None):
             raise RequestError(f"{quote(key)} is {TYPES.get(type(values[key]), 'no text')}, not text")
     question, instruction = values.get("question"), instruction_of(values)
     if question and instruction:
-        raise RequestError("has a 'question' and an 'instruction' or 'input'; give what is asked as 'prompt'")
+        raise RequestError("'question' stands beside an 'instruction' or 'input'; give what is asked as 'prompt'")
     return question or instruction or None
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 from ...generation.options import check_number
 from ...options import Option, Options
 from ...wording import flag
-from .values import check_range
 
 _MOST_TOKENS = 1 << 20  # as many as a model may have
 
@@ -45,4 +44,3 @@ class TokenizerOptions(Options):
         check_number("--character-coverage", self.character_coverage, 0.98, 1, "0.98 to 1")
         for name in ("input_sentence_size", "seed"):
             check_number(flag(name), getattr(self, name), 0, math.inf, "0 or more", kind=Integral)
-        check_range("seed", self.seed)

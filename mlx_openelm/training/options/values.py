@@ -67,7 +67,7 @@ _LEAST = {
     "num_iterations": 1,
     "beta": 0,
 }
-_MOST = {"seed": 2**64 - 1}  # MLX's random numbers take 64 bits
+_MOST = {"rank": 1 << 20}  # more than any matrix has
 _POSITIVE = (
     "epochs",
     "learning_rate",
@@ -105,7 +105,7 @@ def conform(kind: Any, value: Any) -> Any:
         return value
     if kind is int:
         _expect(number and value == value // 1, "a whole number")
-        _expect(abs(value) < 1 << 63, "a whole number below 2**63")
+        _expect(abs(value) < 1 << 64, "a whole number below 2**64")
         return int(value)
     if kind is float:
         _expect(number and abs(value) <= sys.float_info.max, "a number")
