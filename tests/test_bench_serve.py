@@ -170,7 +170,7 @@ def test_wrong_options_are_named(values: dict[str, Any], message: str) -> None:
         (["--serve", "http://a", "--kv-bits", "8"], "--kv-bits cannot be combined with --serve"),
         (["--api-key-file", "keys"], "--api-key-file is for a server"),
         (["--serve", "http://a", "--exact-activations"], "--exact-activations cannot be combined with --serve"),
-        (["--serve", "http://a", "--no-expand"], "--expand cannot be combined with --serve"),
+        (["--serve", "http://a", "--no-expand"], "--no-expand cannot be combined with --serve"),
         (["--serve", "http://a", "--api-key-file", os.devnull], "null is a pipe or a device"),
         (["--serve", "http://a", "--plot", "a.png"], "--plot cannot be combined with --serve"),
         (["--serve", "http://a", "-p", "1,2"], "--prompt-tokens must be one number"),

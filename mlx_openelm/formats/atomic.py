@@ -152,8 +152,14 @@ def _contains(target: Path, path: Path) -> bool:
     if path.is_relative_to(target):
         return True
     # Names that differ may be of one file: macOS ignores case, and a file may be mounted in two places.
-    places = (path, *path.parents)
-    return target.exists() and any(os.path.samefile(target, place) for place in places if os.path.exists(place))
+    return any(_is_same(target, place) for place in (path, *path.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there, or not any more: another thread may be replacing it
+        return False
 
 
 def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
