@@ -14,6 +14,7 @@ from .failures import APIError
 # Takes a key and its value, and returns what to use; raises an `APIError`.
 Check = Callable[[str, Any], Any]
 
+_MOST = 2**31 - 1  # whole numbers without a bound of their own
 _MAX_TEXT = 1 << 16  # characters of names and other texts that are only passed on
 
 
@@ -62,12 +63,16 @@ def number(low: float, high: float) -> Check:
     return check
 
 
-def integer(low: int, high: int = 2**31 - 1) -> Check:
+def _is_whole(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (isinstance(value, int) or value.is_integer())
+
+
+def integer(low: int, high: int = _MOST) -> Check:
     """A whole number between two bounds; 3.0 is one too."""
 
     def check(name: str, value: Any) -> int:
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_whole or not low <= value <= high:
+        if not _is_whole(value) or not low <= value <= high:
             raise wrong(name, f"a whole number from {low} to {high}", value)
         return int(value)
 
@@ -78,9 +83,8 @@ def max_tokens(low: int) -> Check:
     """A number of tokens; -1 is up to the end of the context, as for the server itself."""
 
     def check(name: str, value: Any) -> int:
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_whole or not (low <= value < 2**31 or value == -1):
-            raise wrong(name, f"a whole number from {low} to {2**31 - 1}, or -1", value)
+        if not _is_whole(value) or not (low <= value <= _MOST or value == -1):
+            raise wrong(name, f"a whole number from {low} to {_MOST}, or -1", value)
         return int(value)
 
     return check
