@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Sequence
@@ -481,6 +482,7 @@ def kept(model: OpenELM, batch: Batch, objective: Objective, recompute: str = PA
 
     mx.eval(total(values))  # what a first pass makes once and keeps, such as tables of positions
     mx.synchronize()
+    gc.collect()  # else what earlier tests left might be freed meanwhile
     before = mx.get_active_memory()
     loss, gradients = mx.value_and_grad(total)(values)
     mx.eval(loss)
