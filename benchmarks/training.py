@@ -228,7 +228,7 @@ def our_step(
             train_options = TrainOptions(grad_checkpoint=grad_checkpoint)
             updater.recompute, is_planned = plan(updater, train_options, tokens_of(batch).inputs.shape).recompute, True
         update = updater.update([batch], batch.num_targets, RATE, 0)
-        mx.eval(update.loss, update.objective, update.grad_norm, updater.state())
+        mx.eval(update.loss, update.objective, update.grad_norm, updater.held())
         return float(update.loss.item())
 
     return step

@@ -418,8 +418,8 @@ def test_an_update_of_a_weight_and_its_copy_are_one_kernel(tmp_path):
     gradients = [mx.ones(value.shape, mx.bfloat16) for value in updater._values()]
     numbers = [mx.array(1.0)] * 2
     mx.eval(gradients, numbers)
-    weights, copies, state, *_ = updater._apply(
-        updater._values(), gradients, numbers, numbers[0], updater.optimizer.state, *numbers, None
+    weights, _, copies, state, *_ = updater._apply(
+        updater._values(), [], gradients, numbers, numbers[0], updater.optimizer.state, *numbers, None
     )
     moments = [value for name, value in tree_flatten(state) if name.endswith((".m", ".v"))]
     found = operations([*weights, *copies, *moments], tmp_path)

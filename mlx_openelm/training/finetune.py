@@ -40,7 +40,7 @@ from .run.state import Checkpoints, RunState
 from .run.tasks import Tasks, make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
-from .step import schedule
+from .step import compact, schedule
 from .step.evaluation import Evaluation
 from .step.objectives import Objective, reported
 from .step.optimizers import make_optimizer
@@ -250,12 +250,13 @@ def _make_updater(request: Request, model: OpenELM, objective: Objective) -> Upd
     options = request.options
     dtype = model.transformer.norm["weight"].dtype
     # Adapters cast themselves; the weights of full fine-tuning are cast for each step.
-    casts = options.fine_tune_type == "full" and dtype != mx.float32
+    compute_dtype = dtype if options.fine_tune_type == "full" and dtype != mx.float32 else None
     return Updater(
         model,
         make_optimizer(options),
         objective=objective,
-        compute_dtype=dtype if casts else None,
+        compute_dtype=compute_dtype,
+        is_compact=compact.is_wanted(options, compute_dtype),
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         group=request.processes.group,

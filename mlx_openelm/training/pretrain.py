@@ -40,7 +40,7 @@ from .run.tasks import Tasks, make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .run.written_models import write_models
-from .step import schedule
+from .step import compact, schedule
 from .step.corenet_loss import CoreNetCrossEntropy
 from .step.objectives import CrossEntropy, Objective
 from .step.optimizers import make_optimizer
@@ -220,11 +220,13 @@ def _make_updater(request: Request, origin: Start) -> Updater:
     objective: Objective = CrossEntropy(z_loss=options.z_loss, label_smoothing=options.label_smoothing)
     if options.mode == CORENET:
         objective = CoreNetCrossEntropy(options.z_loss)
+    compute_dtype = None if dtype == mx.float32 else dtype
     return Updater(
         origin.model,
         make_optimizer(options, embedding_learning_rate=options.embedding_learning_rate, ema_decay=options.ema_decay),
         objective=objective,
-        compute_dtype=None if dtype == mx.float32 else dtype,
+        compute_dtype=compute_dtype,
+        is_compact=compact.is_wanted(options, compute_dtype),
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         group=request.processes.group,

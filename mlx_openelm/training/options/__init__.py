@@ -17,6 +17,9 @@ from . import trackers
 from .values import check_range, conform, field_types
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
+# The types of Adam's moments; with BFLOAT16 the whole state of training is smaller, see `compact`.
+FLOAT32, BFLOAT16 = OPTIMIZER_DTYPES = ("float32", "bfloat16")
+_WITH_BFLOAT16 = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "linear")
 ADAPTER_FORMATS = ("mlx", "peft")
 # What the backward pass computes again: nothing; norms, SwiGLU and other parts that take little time; whole layers.
@@ -42,6 +45,7 @@ _OPTIMIZERS_WITH = {
 _WITH_BIAS_CORRECTION = ("adam", "adamw", "muon")
 _CHOICES = {
     "optimizer": OPTIMIZERS,
+    "optimizer_dtype": OPTIMIZER_DTYPES,
     "lr_schedule": SCHEDULES,
     "fine_tune_type": FINE_TUNE_TYPES,
     "long_examples": LONG_EXAMPLES,
@@ -58,6 +62,7 @@ class TrainOptions(Options):
         epochs: passes over the data, instead of `iters`.
         decay_steps: the steps from the end of the warm-up to `min_learning_rate`; None means all that are left.
         weight_decay, beta1, beta2, eps, momentum: None is the optimizer's default; see `optimizers`.
+        optimizer_dtype: the type of Adam's moments in full training; bfloat16 takes less memory, see `compact`.
         val_batches: -1 is all, 0 turns validation off.
         recompute: the activations that the backward pass computes again: nothing, parts (those that take little time)
             or layers. auto chooses by the free memory on CUDA, and is parts elsewhere.
@@ -134,6 +139,14 @@ class TrainOptions(Options):
     bias_correction: Annotated[
         bool, Option("Correct Adam's means of gradients for their start at zero.", group="Optimizer")
     ] = True
+    optimizer_dtype: Annotated[
+        str,
+        Option(
+            "Type of Adam's moments: with bfloat16, full training needs 8 bytes for each weight instead of 14.",
+            group="Memory",
+            metavar="|".join(OPTIMIZER_DTYPES),
+        ),
+    ] = FLOAT32
     max_grad_norm: Annotated[
         float | None, Option("Scale gradients with a larger norm down to this norm.", group="Optimizer", default="off")
     ] = None
@@ -258,6 +271,8 @@ class TrainOptions(Options):
             if getattr(self, field) is not None and self.optimizer not in owners:
                 hint = "use adamw" if field == "weight_decay" else f"it is for {one_of(owners)}"
                 raise RequestError(f"--optimizer {self.optimizer} has no {flag(field)}; {hint}.")
+        if self.optimizer_dtype == BFLOAT16 and self.optimizer not in _WITH_BFLOAT16:
+            raise RequestError(f"--optimizer-dtype bfloat16 is for --optimizer {one_of(_WITH_BFLOAT16)}.")
         if not self.bias_correction and self.optimizer not in _WITH_BIAS_CORRECTION:
             raise RequestError(f"--no-bias-correction is for --optimizer {one_of(_WITH_BIAS_CORRECTION)}.")
 
@@ -422,6 +437,8 @@ class FineTuneOptions(TrainOptions):
         if self.use_rslora and self.alpha is None:
             raise RequestError("--use-rslora divides --alpha by the root of the rank; give --alpha.")
         if self.fine_tune_type != "full":
+            if self.optimizer_dtype == BFLOAT16:
+                raise RequestError("--optimizer-dtype bfloat16 is for --fine-tune-type full; adapters are small.")
             return
         for field in ("alpha", "scale", "dropout"):
             if getattr(self, field):

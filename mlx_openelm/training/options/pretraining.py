@@ -7,7 +7,8 @@ from typing import Annotated
 
 from ...errors import RequestError
 from ...options import Option
-from . import OPTIMIZERS, SCHEDULES, TrainOptions
+from ...wording import flag
+from . import BFLOAT16, OPTIMIZERS, SCHEDULES, TrainOptions
 from .corpus import CORENET, DataOptions
 
 
@@ -133,6 +134,10 @@ class PretrainOptions(TrainOptions, DataOptions):
         if self.packing:
             raise RequestError("--packing is for fine-tuning; give --mode packed, which is the default.")
         self._check_batch()
+        if self.optimizer_dtype == BFLOAT16:
+            for field in ("ema_decay", "embedding_learning_rate"):
+                if getattr(self, field) is not None:
+                    raise RequestError(f"{flag(field)} needs --optimizer-dtype float32.")
         if self.mode == CORENET and self.label_smoothing:
             raise RequestError("--label-smoothing is for --mode packed; CoreNet's loss has none.")
 

@@ -16,6 +16,7 @@ from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError, name_options
 from ...wording import flag, size
 from ..options import AUTO, LAYERS, NOTHING, PARTS, TrainOptions
+from ..step import compact
 from ..step.strategy import fuses_attention_gradient, here
 from ..step.updater import Updater
 from . import activations
@@ -111,18 +112,18 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int], furthe
         further: as `Method.further_memory` gives it.
     """
 
-    def memory_of(rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
-        return _estimate_run(updater, rows, length, recompute, accumulates).beside(*further)
+    def memory_of(rows: int, length: int, recompute: str, accumulates: bool, is_compact: bool) -> Memory:
+        return _estimate_run(updater, rows, length, recompute, accumulates, is_compact).beside(*further)
 
     rows, length = shape
     accumulates = options.grad_accumulation_steps > 1
     recompute = options.recomputed
     if recompute == AUTO:
-        recompute = _choose_recomputed(partial(memory_of, rows, length, accumulates=accumulates))
-    memory = memory_of(rows, length, recompute, accumulates)
-    alternatives = [
-        (flags, memory_of(*smaller)) for flags, smaller in _smaller_settings(options, rows, length, recompute)
-    ]
+        least = partial(memory_of, rows, length, accumulates=accumulates, is_compact=updater.is_compact)
+        recompute = _choose_recomputed(least)
+    memory = memory_of(rows, length, recompute, accumulates, updater.is_compact)
+    settings = _smaller_settings(options, updater, rows, length, recompute)
+    alternatives = [(flags, memory_of(*smaller)) for flags, smaller in settings]
     return Plan(recompute, memory, tuple(found for found in alternatives if found[1].peak < memory.peak))
 
 
@@ -137,41 +138,56 @@ def _choose_recomputed(memory_of: Callable[..., Memory]) -> str:
 
 
 def _smaller_settings(
-    options: TrainOptions, rows: int, length: int, recompute: str
-) -> Iterator[tuple[str, tuple[int, int, str, bool]]]:
-    """Flags with which a run needs less memory, and what they mean: rows, length, recompute, accumulates."""
-    accumulates = options.grad_accumulation_steps > 1
+    options: TrainOptions, updater: Updater, rows: int, length: int, recompute: str
+) -> Iterator[tuple[str, tuple[int, int, str, bool, bool]]]:
+    """Flags with which a run needs less memory, and what they mean.
+
+    That is, in the order of `_estimate_run`'s arguments: rows, length, recompute, accumulates, is_compact.
+    """
+    accumulates, is_compact = options.grad_accumulation_steps > 1, updater.is_compact
     flags = []
+    compute_dtype = updater.compute_dtype if updater.casts else None
+    if not is_compact and compact.supports(updater.optimizer, compute_dtype):
+        flags.append("--optimizer-dtype bfloat16")
+        is_compact = True
+        yield flags[0], (rows, length, recompute, accumulates, True)
     if recompute != LAYERS:
         flags.append("--grad-checkpoint")
-        yield "--grad-checkpoint", (rows, length, LAYERS, accumulates)
+        yield " ".join(flags), (rows, length, LAYERS, accumulates, is_compact)
     smaller = rows // 2
     while smaller * options.batch_size >= rows:  # at least one example, which may take several rows
         # Accumulated, so that an update still learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
-        yield " ".join([*flags, split]), (smaller, length, LAYERS, True)
+        yield " ".join([*flags, split]), (smaller, length, LAYERS, True, is_compact)
         smaller //= 2
     if length > 512:
         name = options.length_option
         short = f"{flag(name)} {min(length, getattr(options, name)) // 2}"
-        yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates)
+        yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates, is_compact)
 
 
-def _estimate_run(updater: Updater, rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
-    """`estimate` for an updater, with batches of [rows, length]."""
+def _estimate_run(
+    updater: Updater, rows: int, length: int, recompute: str, accumulates: bool, is_compact: bool
+) -> Memory:
+    """`estimate` for an updater, with batches of [rows, length], and its own or a compact state."""
     model = updater.model
     sizes = {name: value.nbytes for name, value in updater.state().items()}
     trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
+    moments = sum(sizes.values()) - sum(trained.values())
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    model_bytes = sum(value.nbytes for _, value in parameters)
+    if updater.is_compact:  # the model has half of each trained weight
+        model_bytes += sum(trained.values()) // 2
     fused = fuses_attention_gradient(updater.compute_dtype, model.config.head_dim)
     return estimate(
         model.config,
         Shape(rows, length, updater.compute_dtype.size, recompute, fused, bool(dropout_layers(model))),
-        model_bytes=sum(value.nbytes for _, value in parameters),
-        optimizer_bytes=sum(sizes.values()) - sum(trained.values()),
+        model_bytes=model_bytes,
+        optimizer_bytes=moments // 2 if is_compact and not updater.is_compact else moments,
         trained=trained,
         casts=updater.casts,
+        is_compact=is_compact,
         accumulates=accumulates,
     )
 
@@ -184,6 +200,7 @@ def estimate(
     optimizer_bytes: int,
     trained: dict[str, int],
     casts: bool = False,
+    is_compact: bool = False,
     accumulates: bool = False,
 ) -> Memory:
     """The memory of a run whose batches are no larger than `shape`.
@@ -192,7 +209,8 @@ def estimate(
         model_bytes: the model's parameters, including those that are trained.
         optimizer_bytes: the optimizer's state.
         trained: the bytes of each trained parameter in float32, by name.
-        casts: whether copies of trained parameters in the activations' type are kept; gradients then have that type.
+        casts: whether trained parameters are cast to the activations' type; gradients then have that type.
+        is_compact: whether the copies are a part of the weights, as in `compact`.
         accumulates: whether the gradients of several micro-batches are added up.
     """
     masters = sum(trained.values())
@@ -207,8 +225,12 @@ def estimate(
     first = 0 if trains_embedding else next((layer for layer, size in enumerate(by_layer) if size), 0)
     held = activations.peak(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
     updated = min(masters + optimizer_bytes, _UPDATE_FACTOR * here().settled_bytes)
+    if is_compact:
+        largest = max(trained.values(), default=0) * 2  # with its moments
+        groups = compact.settled_bytes() + compact.TEMPORARY * largest
+        updated = min(_UPDATE_FACTOR * (masters + optimizer_bytes), groups)
     step = held + _UPDATE_SHARE * updated if shape.fused else max(held, gradients + updated)
     added = masters if accumulates else 0
-    copies = gradients if casts else 0
+    copies = gradients if casts and not is_compact else 0
     peak = model_bytes + copies + optimizer_bytes + added + step
     return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))

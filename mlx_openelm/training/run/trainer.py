@@ -246,7 +246,7 @@ class _Loop:
             limits = () if self.run.spikes is None else (self.run.spikes.limits(state),)
             update = self.run.updater.update(step.batches, step.num_targets, rate, state.step, *limits)
             results = [update.loss, update.objective, update.grad_norm, update.metrics, update.skipped]
-            results.append(self.run.updater.state())
+            results.append(self.run.updater.held())
             mx.async_eval(results)
             upcoming = self._build(state.step + 1)
             mx.eval(results)

@@ -68,7 +68,7 @@ def _make(name: str, options: TrainOptions) -> Any:
     eps = _EPS if options.eps is None else options.eps
     if name == "adam":
         return optim.Adam(rate, betas, eps, bias_correction=options.bias_correction)
-    return _AdamW(rate, betas, eps, weight_decay=decay, bias_correction=options.bias_correction)
+    return AdamW(rate, betas, eps, weight_decay=decay, bias_correction=options.bias_correction)
 
 
 def set_learning_rate(optimizer: optim.Optimizer, rate: mx.array) -> None:
@@ -99,7 +99,7 @@ class _MatrixDecay:
             self.weight_decay = decay
 
 
-class _AdamW(_MatrixDecay, optim.AdamW):
+class AdamW(_MatrixDecay, optim.AdamW):
     pass
 
 

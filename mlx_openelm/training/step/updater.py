@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from ...adapters.attaching import adapted_layers, dropout_layers
 from ...model import OpenELM
 from ..options import PARTS
+from . import compact
 from .evaluation import Evaluation, evaluate
 from .objectives import CrossEntropy, Forward, Objective
 from .optimizers import set_learning_rate
@@ -66,6 +67,7 @@ class Updater:
         objective: what is minimized.
         compute_dtype: trainable parameters are cast to this in the forward pass; None leaves them float32. `casts`
             says whether they are cast. The copies are kept, since an update then writes them along with the masters.
+        is_compact: hold masters, copies and the optimizer's state as in `compact`, which must support the optimizer.
         recompute: what the backward pass computes again, as in `forward.hidden_states`; it may be set until the first
             update.
         max_grad_norm: scale gradients down to this norm.
@@ -80,6 +82,7 @@ class Updater:
         *,
         objective: Objective = _CROSS_ENTROPY,
         compute_dtype: mx.Dtype | None = None,
+        is_compact: bool = False,
         recompute: str = PARTS,
         max_grad_norm: float | None = None,
         seed: int = 0,
@@ -88,18 +91,19 @@ class Updater:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self._parameters, values = trainable([model])
         self.compute_dtype = compute_dtype or model.transformer.norm["weight"].dtype
-        self.casts = compute_dtype is not None
+        self.casts, self.is_compact = compute_dtype is not None, is_compact
         self._adapted = {id(layer) for _, layer in adapted_layers(model)}
         self.recompute, self._max_grad_norm = recompute, max_grad_norm
         self._seed, self._group = seed, group
         self._dropout_layers = dropout_layers(model)
         self._names = _names(model, self._parameters)
-        for (module, name), value in zip(self._parameters, values, strict=True):
-            module[name] = value.astype(mx.float32)
+        self._low: list[mx.array] = []  # with a compact state the masters' low bits; the model has the high ones
+        self._set_masters(values)
         optimizer.init(self._tree(self._values()))
         self._masters: list[mx.array] = []  # those that the copies are of
         self._copies: list[mx.array] = []
-        self._evaluates_in_groups = sum(value.nbytes for value in self.state().values()) > here().settled_bytes
+        self._settled_bytes = compact.settled_bytes() if is_compact else here().settled_bytes
+        self._evaluates_in_groups = sum(value.nbytes for value in self.state().values()) > self._settled_bytes
         # Bound once: MLX traces a function again for every new function object and every new combination of shapes.
         self._gradients: Callable[..., Any] = mx.compile(self._compute_gradients)
         self._add_up: Callable[..., Any] = mx.compile(self._sums_and_norm)
@@ -141,13 +145,13 @@ class Updater:
         share, rate = mx.array(1.0 / max(1, num_targets)), mx.array(learning_rate)
         bounds = None if limits is None else [mx.array(limit) for limit in limits]
         sums, gradients, norm = self._add_up(sums, gradients, share)
-        values, copies, state, scalars, skipped = self._apply(
-            weights, gradients, sums, norm, state, share, rate, bounds
+        values, low, copies, state, scalars, skipped = self._apply(
+            weights, self._low, gradients, sums, norm, state, share, rate, bounds
         )
-        self.optimizer.state = state
-        self._set(values, copies)
+        self.optimizer.state, self._low = state, low
+        self._set(values, values if self.is_compact else copies)
         # Free the old arrays before the new ones are evaluated.
-        del weights, copies, gradients, values, state
+        del weights, copies, gradients, values, low, state
         if self._evaluates_in_groups:
             self._evaluate_in_groups()
         (loss, objective), metrics = scalars[:2], scalars[2:]
@@ -170,26 +174,37 @@ class Updater:
         for name, value, copy in zip(self._names, self._values(), self._copies, strict=True):
             # A weight that is not cast is its own copy, and counts once.
             by_parameter.setdefault(name, []).extend([value] if copy is value else [value, copy])
+        for name, low in zip(self._names, self._low, strict=False):
+            by_parameter[name].append(low)
         group: list[mx.array] = []
         size = 0
         for arrays in by_parameter.values():
             group += arrays
             size += sum(array.nbytes for array in arrays)
-            if size > here().settled_bytes:
+            if size > self._settled_bytes:
                 mx.eval(group)
                 group, size = [], 0
 
+    def held(self) -> list[Any]:
+        """All arrays that an update replaces, to be evaluated."""
+        return [self._values(), self._low, self._copies, self.optimizer.state]
+
     def state(self) -> dict[str, mx.array]:
-        """All that an update changes, by name: the weights and the optimizer's state."""
-        weights = dict(zip((_WEIGHTS + name for name in self._names), self._values(), strict=True))
+        """All that an update changes, by name: the weights in float32, and the optimizer's state."""
+        masters = self._values()
+        if self.is_compact:
+            masters = list(map(compact.joined, masters, self._low))
+        weights = dict(zip((_WEIGHTS + name for name in self._names), masters, strict=True))
         optimizer: dict[str, mx.array] = {_OPTIMIZER + name: value for name, value in self._flat_state()}
         return weights | optimizer
 
     def restore(self, state: dict[str, mx.array]) -> None:
-        """Set everything back to what `state` returned."""
-        self._set([state[_WEIGHTS + name] for name in self._names])
+        """Set everything back to what `state` returned, here or in an updater whose optimizer has other types."""
+        self._set_masters([state[_WEIGHTS + name] for name in self._names])
+        types = {name: value.dtype for name, value in self._flat_state()}
         prefix = len(_OPTIMIZER)
         own = [(name[prefix:], value) for name, value in state.items() if name.startswith(_OPTIMIZER)]
+        own = [(name, value.astype(types.get(name, value.dtype))) for name, value in own]
         self.optimizer.state = tree_unflatten(own)
 
     def evaluate(self, batches: Iterable[Any], progress: Callable[[Any], None] | None = None) -> Evaluation:
@@ -210,7 +225,7 @@ class Updater:
 
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; adapters cast their own, some of them after using them."""
-        if not self.casts:
+        if not self.casts or self.is_compact:
             return list(values)
         pairs = zip(self._parameters, values, strict=True)
         dtype = self.compute_dtype
@@ -231,6 +246,14 @@ class Updater:
         for (module, name), value in zip(self._parameters, values, strict=True):
             module[name] = value
         self._masters, self._copies = list(values) if copies else [], list(copies)
+
+    def _set_masters(self, values: Sequence[mx.array]) -> None:
+        """Replace the masters by values of any type."""
+        masters = [value.astype(mx.float32) for value in values]
+        if self.is_compact:
+            pairs = list(map(compact.split, masters))
+            masters, self._low = [high for high, _ in pairs], [low for _, low in pairs]
+        self._set(masters)
 
     def _flat_state(self) -> list[tuple[str, mx.array]]:
         return tree_flatten(self.optimizer.state)  # type: ignore[return-value]
@@ -299,6 +322,7 @@ class Updater:
     def _apply_gradients(
         self,
         weights: list[mx.array],
+        low: list[mx.array],
         gradients: list[mx.array],
         sums: list[mx.array],
         norm: mx.array,
@@ -306,9 +330,11 @@ class Updater:
         share: mx.array,
         rate: mx.array,
         bounds: list[mx.array] | None,
-    ) -> tuple[list[mx.array], list[mx.array], Any, list[mx.array], mx.array | None]:
-        """New weights, their copies, the optimizer's new state, the step's loss, objective and metrics, and whether
-        loss and norm exceed their `bounds`, so that weights and state are the old ones.
+    ) -> tuple[list[mx.array], list[mx.array], list[mx.array], Any, list[mx.array], mx.array | None]:
+        """New weights, their low bits and copies, the optimizer's new state, the step's numbers, and if it is skipped.
+
+        The numbers are loss, objective and metrics. A step is skipped if loss or norm exceed their `bounds`: weights
+        and state are the old ones.
 
         `share`, one over the number of learned tokens, turns sums into means. It is applied last: multiplied earlier,
         so small a number would make float16 gradients of activations zero. Here it is also fused into the optimizer's
@@ -318,19 +344,25 @@ class Updater:
         factor = share
         if self._max_grad_norm is not None:
             factor = share * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
+        scalars = [share * loss, share * objective, *(share * metric for metric in metrics)]
+        learns = None
+        if bounds is not None:
+            learns = (scalars[0] <= bounds[0]) & (norm <= bounds[1])  # false for NaN
+        skipped = None if learns is None else mx.logical_not(learns)
+        if self.is_compact:
+            pairs = list(zip(weights, low, strict=True))
+            pairs, new = compact.update(self.optimizer, state, self._names, pairs, gradients, factor, rate, learns)
+            values = [high for high, _ in pairs]
+            return values, [low for _, low in pairs], [], new, scalars, skipped
         gradients = [gradient.astype(mx.float32) * factor for gradient in gradients]
         self.optimizer.state = tree_map(lambda value: value, state)  # a copy, which the optimizer changes
         set_learning_rate(self.optimizer, rate)
         updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(weights))
         by_name = dict(tree_flatten(updated))
-        values, new_state = [by_name[name] for name in self._names], self.optimizer.state
-        scalars = [share * loss, share * objective, *(share * metric for metric in metrics)]
-        skipped = None
-        if bounds is not None:
-            learns = (scalars[0] <= bounds[0]) & (norm <= bounds[1])  # false for NaN
-            values, new_state = tree_map(partial(mx.where, learns), (values, new_state), (weights, state))
-            skipped = mx.logical_not(learns)
-        return values, self._cast(values), new_state, scalars, skipped
+        values, new = [by_name[name] for name in self._names], self.optimizer.state
+        if learns is not None:
+            values, new = tree_map(partial(mx.where, learns), (values, new), (weights, state))
+        return values, [], self._cast(values), new, scalars, skipped
 
     def _over_all_processes(self, *trees: list[mx.array]) -> Any:
         """The sums over all processes, of several in float32."""
