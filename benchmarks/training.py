@@ -105,7 +105,19 @@ def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Itera
                 tokens = SHAPES.get(size, SHAPES["270M"])
                 seconds = [tokens[0] * tokens[1] / answer[whose] for whose in ("ours", "mlx-lm")]
                 yield make_row(name, *seconds, BARS["time"], larger=False)
+        yield from measure_full_memory(size, folder, only)
         yield from measure_preferences(size, folder, repeats, only)
+
+
+def measure_full_memory(size: str, folder: str, only: str) -> Iterator[dict[str, Any]]:
+    """Rows of full fine-tuning in bfloat16 with both types of Adam's moments; mlx-lm's weights are bfloat16 as well."""
+    name = f"peak memory (MB), full in bfloat16, {size}"
+    if only in name:
+        other = worker("full_memory", whose="mlx-lm", folder=folder, is_compact=False)
+        for is_compact in (False, True):
+            ours = worker("full_memory", whose="ours", folder=folder, is_compact=is_compact)
+            moments = "moments in bfloat16" if is_compact else "moments in float32"
+            yield make_row(f"{name}, {moments}", ours, other, None, larger=False)
 
 
 def measure_preferences(size: str, folder: str, repeats: int, only: str) -> Iterator[dict[str, Any]]:
@@ -409,6 +421,33 @@ def memory(whose: str, folder: str, size: str, grad_checkpoint: bool) -> float:
     return (mx.get_peak_memory() - weights) / 1e6
 
 
+def full_memory(whose: str, folder: str, is_compact: bool) -> float:
+    """The peak memory of the third step of full fine-tuning in bfloat16, the model included, in MB (1e6 bytes)."""
+    import mlx_openelm  # noqa: F401 (before MLX)
+    from mlx_openelm import load
+
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    if whose == "ours":
+        model, _ = load(folder, dtype="bfloat16")
+        options = {"compute_dtype": mx.bfloat16, "is_compact": is_compact}
+        step = our_step(model, "full", optim.Adam(RATE), **options)
+    else:
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(Path(folder))
+        model.set_dtype(mx.bfloat16)
+        mx.eval(model.parameters())
+        step = their_step(model, "full", optim.Adam(RATE))
+    for _ in range(3):
+        batch = token_batch(whose, 1, 8)  # what is held counts; a CPU is slow in bfloat16
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        step(batch)
+    return mx.get_peak_memory() / 1e6
+
+
 def preferences(folder: str, size: str, turns: int) -> dict[str, float]:
     """Pairs per second of both programs on the same batches, with and without our reference pass."""
     import mlx_openelm  # noqa: F401 (the same BLAS for both)
@@ -549,6 +588,7 @@ WORKERS: dict[str, Callable[..., Any]] = {
     "equal": equal,
     "texts": texts,
     "memory": memory,
+    "full_memory": full_memory,
     "preferences": preferences,
     "preference_memory": preference_memory,
 }

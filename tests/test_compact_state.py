@@ -239,6 +239,7 @@ def test_the_command_trains_and_resumes(tmp_path: Path):
         losses.append([row["train_loss"] for row in rows if "train_loss" in row])
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
     weights = [mx.load(str(tmp_path / folder / "adapters.safetensors")) for folder in ("whole", "part")]
-    assert weights[0] and all(mx.array_equal(weights[1][name], value).item() for name, value in weights[0].items())
+    assert {value.dtype for value in weights[0].values()} == {mx.float32}
+    assert all(mx.array_equal(weights[1][name], value).item() for name, value in weights[0].items())
     done = run(*words, "--dtype", "float32", "--iters", 1, "--adapter-path", "c", folder=tmp_path)
     assert done.returncode != 0 and "--optimizer-dtype bfloat16 needs a model in bfloat16" in done.stderr

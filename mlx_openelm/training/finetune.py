@@ -176,7 +176,8 @@ def _train(method: Method, request: Request, prepared: Prepared, previous: dict[
         result = _run(method, request, prepared, setup, state)
         kept = resuming.restore_best(request, setup.updater, setup.checkpoints, result)
         if request.processes.leads:
-            run_folder.publish(request.folder, partial(_write_adapter, request, model))
+            with setup.updater.exact():
+                run_folder.publish(request.folder, partial(_write_adapter, request, model))
         is_whole = result.stopped != INTERRUPTED
         measure = method.measure(request, prepared, setup.updater)
         test = measure_test_loss(request, prepared, measure) if is_whole else None

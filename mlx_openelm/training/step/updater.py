@@ -191,10 +191,7 @@ class Updater:
 
     def state(self) -> dict[str, mx.array]:
         """All that an update changes, by name: the weights in float32, and the optimizer's state."""
-        masters = self._values()
-        if self.is_compact:
-            masters = list(map(compact.joined, masters, self._low))
-        weights = dict(zip((_WEIGHTS + name for name in self._names), masters, strict=True))
+        weights = dict(zip((_WEIGHTS + name for name in self._names), self._exact_values(), strict=True))
         optimizer: dict[str, mx.array] = {_OPTIMIZER + name: value for name, value in self._flat_state()}
         return weights | optimizer
 
@@ -223,6 +220,12 @@ class Updater:
             self.model.eval()
             yield self.model
 
+    @contextmanager
+    def exact(self) -> Iterator[OpenELM]:
+        """The model with its trained weights in float32, while the block runs."""
+        with substituted(self._parameters, self._exact_values()):
+            yield self.model
+
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; adapters cast their own, some of them after using them."""
         if not self.casts or self.is_compact:
@@ -240,6 +243,11 @@ class Updater:
 
     def _values(self) -> list[mx.array]:
         return [module[name] for module, name in self._parameters]
+
+    def _exact_values(self) -> list[mx.array]:
+        """The master weights in float32."""
+        values = self._values()
+        return list(map(compact.joined, values, self._low)) if self.is_compact else values
 
     def _set(self, values: Sequence[mx.array], copies: Sequence[mx.array] = ()) -> None:
         """Replace the masters, and their copies if they are known."""
