@@ -20,7 +20,7 @@ from typing import Any
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.batches import IGNORED
-from mlx_openelm.training.data.corpus import cache, packed
+from mlx_openelm.training.data.corpus import cache, packed, repeating
 from mlx_openelm.training.data.corpus.documents import read_chunks, read_texts
 from mlx_openelm.training.data.corpus.encoding import repaired
 from mlx_openelm.training.data.corpus.files import TextFile
@@ -167,6 +167,36 @@ def test_weights_are_shares_of_tokens(tmp_path: Path) -> None:
     (alpha,) = {tuple(TOKENIZER.encode("alpha", add_bos=False))}
     share = np.isin(given, alpha).mean()
     assert 0.6 < share < 0.8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_small_texts_are_read_a_few_times_and_the_data_is_the_same(tmp_path: Path, monkeypatch, workers: int) -> None:
+    write_lines(tmp_path / "large.jsonl", texts(400, words=(40, 60)))
+    (tmp_path / "small").mkdir()
+    for number in range(3):
+        write_lines(tmp_path / "small" / f"{number}.jsonl", texts(2, seed=number, words=(1, 4)))
+    small = str(tmp_path / "small")
+    sources = [{"path": small, "weight": 0.2}, str(tmp_path / "large.jsonl")]
+    monkeypatch.setattr(repeating, "_READ_EPOCHS", 2)
+    with make(sources, shuffle_buffer=4, workers=workers) as data:
+        taken: Counter[int] = Counter()
+        take_chunk = data._chunks.take
+        data._chunks.take = lambda stream: taken.update([stream]) or take_chunk(stream)  # type: ignore[method-assign]
+        states, found = [], []
+        for _ in range(60):
+            states.append(json.dumps(data.state()))
+            found += take(data, 1)
+        assert json.loads(states[-1])["stream"]["sources"][0]["start"][0] > 8
+    assert taken[0] <= 10  # three epochs of three files, and one chunk more
+    monkeypatch.setattr(repeating, "_MOST_TOKENS", 0)
+    with make(sources, shuffle_buffer=4) as data:
+        assert take(data, 60) == found
+    with make(sources, shuffle_buffer=4, run={"state": json.loads(states[40])}) as data:
+        assert take(data, 20) == found[40:]
+    monkeypatch.undo()
+    monkeypatch.setattr(packed, "WINDOW", 16 * LENGTH)
+    with make(sources, shuffle_buffer=4, run={"state": json.loads(states[40])}) as data:
+        assert take(data, 20) == found[40:]
 
 
 @pytest.mark.parametrize("mode", ["packed", "corenet"])

@@ -23,6 +23,7 @@ from .encoding import Encoder, check_ftfy
 from .files import find_files
 from .packed import Document, PackedRows
 from .reader import Job, Position, Stream
+from .repeating import RepeatedChunks
 from .rows import Rows, pack, pad, to_batch
 from .workers import Closed, InProcess, Workers
 
@@ -280,7 +281,8 @@ class PretrainingData:
             )
         else:
             weights = [source.weight for source in options.data]
-            self._source = PackedRows(self._chunks, weights, length=self._length, buffer=options.shuffle_buffer,
+            repeated = RepeatedChunks(self._chunks, streams)
+            self._source = PackedRows(repeated, weights, length=self._length, buffer=options.shuffle_buffer,
                                       seed=self._seed, state=stream)  # fmt: skip
         self._queue: queue.Queue[_Update | BaseException] = queue.Queue(self._ahead())
         self._prepared = (self._state["steps"], self._state["examples"])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ....errors import RequestError
 from .filling import Piece, fill
 from .reader import Chunk, Position
+from .repeating import Chunks
 
 # Positions of a window of documents that are packed together: 512 rows of 2048.
 WINDOW = 1 << 20
@@ -33,12 +34,6 @@ class Row(NamedTuple):
     """A full row: its pieces as (targets, path, number)."""
 
     pieces: list[Document]
-
-
-class Chunks(Protocol):
-    """Where the chunks of a source come from."""
-
-    def take(self, stream: int) -> Chunk: ...
 
 
 class _Source:
@@ -97,7 +92,7 @@ class _Source:
                 self._counts.update(encoded.counts)
             chunk = self._chunks.take(self._number)
         self._next, self._is_counted = chunk, True
-        if self._buffer > 1:
+        if self._buffer > 1 and len(documents) > 1:
             random.Random(f"{self._seed} {self._number} block {self._block}").shuffle(documents)
         return documents
 

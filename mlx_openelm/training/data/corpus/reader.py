@@ -50,7 +50,7 @@ class Stream:
         """The files of an epoch, in order."""
         if self.generator is None:
             files = list(self.files)
-            if self.shuffle is not None:
+            if self.shuffle is not None and len(files) > 1:
                 random.Random(f"{self.shuffle} {epoch}").shuffle(files)
             return files
         draw = random.Random()
