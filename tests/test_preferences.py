@@ -49,6 +49,7 @@ def read_one(values: dict[str, Any], labeled: bool = False) -> Any:
         ({"prompt": "Who is there?", "chosen": [GOOD], "rejected": [BAD]}, [USER], ([GOOD], [BAD])),
         ({"prompt": [USER], "chosen": "A friend.", "rejected": "Nobody at all."}, [USER], ([GOOD], [BAD])),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, [USER], ([GOOD], [GOOD])),
+        ({"prompt": "Who is there?", "chosen": GOOD, "rejected": BAD}, [USER], ([GOOD], [BAD])),
     ],
 )  # fmt: skip
 def test_forms_of_pairs(values, prompt, completions):
@@ -60,6 +61,28 @@ def test_forms_of_pairs(values, prompt, completions):
             assert trl.extract_prompt(values) == dict(
                 zip(("prompt", "chosen", "rejected"), (prompt, *completions), strict=True)
             )
+
+
+def test_messages_beside_the_answers_are_the_prompt():
+    """As in LLaMA-Factory's data sets: ShareGPT's conversations, and one message as each answer."""
+    spoken = {
+        "conversations": [{"from": "human", "value": "Who is there?"}],
+        "chosen": {"from": "gpt", "value": "A friend."},
+        "rejected": {"from": "gpt", "value": "Nobody at all."},
+    }
+    for values in (
+        spoken,
+        {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [USER], **ANSWERS},
+        {"prompt": None, "conversations": [USER], "messages": None, **ANSWERS},
+    ):  # fmt: skip
+        found = read_one(values)
+        assert (found.prompt, found.completions, found.is_cut) == ([USER], ([GOOD], [BAD]), False)
+    found = read_one({**spoken, "system": "Be brief."})
+    assert found.prompt == [SYSTEM, USER] and not found.system
+    # Where answers have their prompt, what stands beside them is a copy.
+    found = read_one({"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]})
+    assert (found.prompt, found.completions) == ([USER], ([GOOD], [BAD]))
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -122,7 +145,9 @@ def test_labeled_completions_and_pairs_for_kto():
         ({**ANSWERS, "question": "A", "instruction": "B"}, "'question' stands beside an 'instruction' or 'input'"),
         ({**ANSWERS, "question": ["A"]}, "'question' is a list, not text"),
         ({**ANSWERS, "system": "A"}, "'system' stands beside texts without a 'prompt'"),
-        ({**ANSWERS, "conversations": [USER]}, "'conversations' stands beside texts without a 'prompt'"),
+        ({**ANSWERS, "conversations": [USER, GOOD]}, "'conversations' ends with an answer"),
+        ({**ANSWERS, "messages": "A"}, "A conversation must be a list of messages"),
+        ({"prompt": "A", "chosen": {"from": "gpt"}, "rejected": "b"}, "is text and the other holds messages"),
         ({**ANSWERS, "prompt": "A", "system": 1}, "'system' is a number, not text"),
         ({**ANSWERS, "prompt": [SYSTEM, USER], "system": "Talk."}, "have different texts"),
         ({"chosen": [{"from": "alien", "value": "a"}], "rejected": [USER]}, "Message 0 is from 'alien'"),

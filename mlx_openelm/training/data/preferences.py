@@ -1,12 +1,12 @@
 """Preferences in files: a prompt with a chosen and a rejected completion, or with one completion and a label.
 
-The formats are TRL's, and those of data sets on the hub that repeat the prompt in each completion or call it a question
-or an instruction.
+The formats are TRL's, and those of data sets on the hub that repeat the prompt in each completion, call it a question
+or an instruction, or have the messages before an answer beside it, as LLaMA-Factory's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def _fault_in_labeled(values: dict[str, Any]) -> str | None:
 
 
 _PARTS = ("instruction", "input")
-# What other programs put in front of answers; some data sets have copies of it beside a prompt.
+# The messages before the answers; some data sets have copies of them, or of everything, beside a prompt.
 _BEFORE = ("conversations", "messages")
 PAIRS = Kind(
     "preference pairs",
@@ -95,10 +95,11 @@ def _fault(values: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     """What is wrong with the prompt and completions of a record."""
     for key in ("prompt", *keys):
         value = values.get(key)
-        if not isinstance(value, str | list) and not (value is None and key == "prompt"):
+        is_answer = key != "prompt" and isinstance(value, Mapping)
+        if not isinstance(value, str | list) and not is_answer and not (value is None and key == "prompt"):
             return f"{quote(key)} is {TYPES.get(type(value), type(value).__name__)}, not text or messages"
-    are_lists = {isinstance(values[key], list) for key in keys}
-    if len(are_lists) > 1:
+    are_texts = {isinstance(values[key], str) for key in keys}
+    if len(are_texts) > 1:
         return "one of 'chosen' and 'rejected' is text and the other holds messages"
     try:
         found = _pair(values, "") if len(keys) > 1 else _labeled(values, "")
@@ -122,8 +123,8 @@ def _pair(values: dict[str, Any], source: str) -> Preference:
     is_whole = isinstance(chosen, list) and bool(chosen) and chosen[0].get("role") != "assistant"
     prompt = _given_prompt(values, is_whole)
     is_cut = prompt is None and isinstance(chosen, str)
-    if is_cut and (key := next((key for key in ("system", *_BEFORE) if values.get(key)), None)) is not None:
-        raise RequestError(f"{quote(key)} stands beside texts without a 'prompt'; give what they answer as 'prompt'")
+    if is_cut and values.get("system"):
+        raise RequestError("'system' stands beside texts without a 'prompt'; give what they answer as 'prompt'")
     # A text beside whole conversations is their first message, as in UltraFeedback.
     if prompt is None or (is_whole and isinstance(prompt, str)):
         end = _common_length(chosen, rejected)
@@ -147,7 +148,18 @@ def _given_prompt(values: dict[str, Any], is_whole: bool) -> Content | None:
     question, instruction = values.get("question"), instruction_of(values)
     if question and instruction:
         raise RequestError("'question' stands beside an 'instruction' or 'input'; give what is asked as 'prompt'")
-    return question or instruction or None
+    return question or instruction or _messages_before(values)
+
+
+def _messages_before(values: dict[str, Any]) -> Content | None:
+    """The messages that a record has beside its answers; None if it has none."""
+    key = next((key for key in _BEFORE if values.get(key)), None)
+    if key is None:
+        return None
+    turns = read_turns(values[key])
+    if turns[-1].get("role") == "assistant":
+        raise RequestError(f"{quote(key)} ends with an answer; give what 'chosen' and 'rejected' answer as 'prompt'")
+    return turns
 
 
 def _labeled(values: dict[str, Any], source: str) -> Preference:
@@ -175,7 +187,10 @@ def _alike(prompt: Content, completions: tuple[Content, ...]) -> tuple[Content, 
 
 
 def _content(value: Any) -> Content:
-    return value if isinstance(value, str) else read_turns(value)
+    """A text, or messages; one message may stand without a list around it."""
+    if isinstance(value, str):
+        return value
+    return read_turns([value] if isinstance(value, Mapping) else value)
 
 
 def _common_length(chosen: Content, rejected: Content) -> int:
