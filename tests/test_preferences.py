@@ -127,10 +127,25 @@ def test_labeled_completions_and_pairs_for_kto():
     assert [(*one.completions, one.label) for one in found] == [("b", True), ("e", True), ("c", False), ("f", False)]
 
 
+def test_labeled_conversations_for_kto():
+    spoken = [{"from": "human", "value": "Who is there?"}, {"from": "gpt", "value": "A friend."}]
+    for values in ({"messages": [USER, GOOD], "conversations": None}, {"conversations": spoken, "messages": None}):
+        found = read_one({**values, "label": False}, labeled=True)
+        assert (found.prompt, found.completions, found.label) == ([USER], ([GOOD],), False)
+    found = read_one({"messages": [USER, GOOD], "label": 1, "system": "Be brief."}, labeled=True)
+    assert (found.prompt, found.completions, found.label) == ([SYSTEM, USER], ([GOOD],), True)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label)"),
+        ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label; messages, "),
+        ({"messages": [USER, GOOD], "label": 2}, "'label' must be true or false, got 2"),
+        ({"messages": [USER], "label": True}, "The last message must be the assistant's"),
+        ({"messages": [], "label": True}, "The last message must be the assistant's"),
+        ({"messages": "A", "label": True}, "A conversation must be a list of messages"),
+        ({"conversations": [GOOD], "label": True}, "an answer needs the messages before it"),
+        ({"messages": [USER, GOOD], "label": True}, "labeled conversations (messages, label), which loss_type kto"),
         ({"messages": [USER, GOOD]}, "it has 'messages'"),
         ({"chosen": 1, "rejected": "b"}, "'chosen' is a number, not text or messages"),
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' is an object, not text or messages"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import RequestError, quote
 from .conversations import read_turns, system_of, with_system
-from .kinds import BESIDE_PROMPTS, BESIDE_TURNS, TYPES, Kind, Record, instruction_of, recognize
+from .kinds import BESIDE_PROMPTS, BESIDE_TURNS, OF_TEMPLATES, TYPES, Kind, Record, instruction_of, recognize
 
 # A text, or messages.
 Content = str | list[Any]
@@ -44,10 +44,22 @@ def _fault_in_pair(values: dict[str, Any]) -> str | None:
 
 
 def _fault_in_labeled(values: dict[str, Any]) -> str | None:
+    return _fault_in_label(values) or _fault(values, ("completion",))
+
+
+def _fault_in_labeled_chat(values: dict[str, Any]) -> str | None:
+    if (fault := _fault_in_label(values)) is not None:
+        return fault
+    try:
+        found = _labeled_chat(values, "")
+    except RequestError as error:
+        return str(error)
+    return None if found.prompt else "an answer needs the messages before it"
+
+
+def _fault_in_label(values: dict[str, Any]) -> str | None:
     label = values["label"]
-    if label not in (0, 1):
-        return f"'label' must be true or false, got {quote(label)}"
-    return _fault(values, ("completion",))
+    return None if label in (0, 1) else f"'label' must be true or false, got {quote(label)}"
 
 
 _PARTS = ("instruction", "input")
@@ -63,7 +75,11 @@ PAIRS = Kind(
 LABELED = Kind(
     "labeled completions", ("prompt", "completion", "label"), BESIDE_TURNS, BESIDE_PROMPTS, fault=_fault_in_labeled
 )
-PREFERENCE_KINDS = (PAIRS, LABELED)
+LABELED_CHATS = [
+    Kind("labeled conversations", (key, "label"), BESIDE_TURNS, OF_TEMPLATES, fault=_fault_in_labeled_chat)
+    for key in ("messages", "conversations")
+]
+PREFERENCE_KINDS = (PAIRS, LABELED, *LABELED_CHATS)
 
 
 def read_preferences(records: Sequence[Record], *, labeled: bool) -> tuple[Kind, list[Preference]]:
@@ -76,13 +92,14 @@ def read_preferences(records: Sequence[Record], *, labeled: bool) -> tuple[Kind,
         RequestError: as `kinds.recognize`; or labeled completions where pairs are needed.
     """
     kind = recognize(records, PREFERENCE_KINDS)
-    if kind is LABELED:
+    if kind is not PAIRS:
         if not labeled:
             raise RequestError(
-                f"{records[0].source}: holds {LABELED.name} (prompt, completion, label), which --loss-type kto learns "
-                "from; other losses need chosen and rejected."
+                f"{records[0].source}: holds {kind.name} ({', '.join(kind.keys)}), which --loss-type kto learns from; "
+                "other losses need chosen and rejected."
             )
-        return kind, [_labeled(record.values, record.source) for record in records]
+        read = _labeled if kind is LABELED else _labeled_chat
+        return kind, [read(record.values, record.source) for record in records]
     pairs = [_pair(record.values, record.source) for record in records]
     if not labeled:
         return kind, pairs
@@ -164,6 +181,19 @@ def _messages_before(values: dict[str, Any]) -> Content | None:
 
 def _labeled(values: dict[str, Any], source: str) -> Preference:
     found = _preference(values, _content(values["prompt"]), (_content(values["completion"]),), source)
+    return replace(found, label=bool(values["label"]))
+
+
+def _labeled_chat(values: dict[str, Any], source: str) -> Preference:
+    """The preference of a whole conversation, whose last message is the answer.
+
+    Raises:
+        RequestError: it does not end with one, or cannot be read.
+    """
+    turns = read_turns(values["conversations"] if values.get("messages") is None else values["messages"])
+    if not turns or turns[-1].get("role") != "assistant":
+        raise RequestError("The last message must be the assistant's")
+    found = _preference(values, turns[:-1], (turns[-1:],), source)
     return replace(found, label=bool(values["label"]))
 
 
