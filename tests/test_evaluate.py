@@ -252,6 +252,18 @@ class TestData:
             found = datasets.load_dataset("owner/mixed")
         assert {split: rows.to_list() for split, rows in found.items()} == {"train": [{"a": "x"}], "test": [{"a": "y"}]}
 
+    def test_lists_in_csv_are_refused(self, tmp_path):
+        """Their letters would be a task's choices."""
+        datasets = pytest.importorskip("datasets")
+        (tmp_path / "listed").mkdir()
+        table = tmp_path / "listed" / "train.csv"
+        table.write_text("context,endings\n[note] a,\"['one', 'two']\"\n[note],\"['three' 'four']\"\n")
+        with data.local_first(tmp_path), pytest.raises(RequestError, match="lists in the column 'endings', which CSV"):
+            datasets.load_dataset("owner/listed")
+        table.write_text("context,endings\n[note],\n[note] a,\n")
+        with data.local_first(tmp_path):
+            assert datasets.load_dataset("owner/listed")["train"].num_rows == 2
+
     def test_what_is_not_in_a_folder_comes_from_the_hub(self, hub, tmp_path):
         hub_datasets.make(tmp_path / "sets", mmlu=False)
         hub.add("datasets/allenai/openbookqa", tmp_path / "sets/allenai/openbookqa")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..inputs import read_bytes
 from ..wording import install
 
@@ -128,6 +128,20 @@ def download_split(dataset: str, config: str | None, split: str) -> list[Path]:
     raise RequestError(f"The data set {dataset} has no files of the split {split} that are understood.")
 
 
+def _refuse_lists(file: Path, rows: Any) -> None:
+    """Refuse a CSV table with lists, of which a task would take the letters for choices.
+
+    Raises:
+        RequestError: all cells of a column are lists or objects, written as text.
+    """
+    for name in rows.column_names:
+        cells = [str(cell).strip() for cell in rows[name] if cell is not None]
+        if cells and all(cell[:1] + cell[-1:] in ("[]", "{}") for cell in cells):
+            raise RequestError(
+                f"{file} has lists in the column {quote(name)}, which CSV cannot hold; give JSON Lines or Parquet."
+            )
+
+
 @contextlib.contextmanager
 def local_first(folder: Path | None) -> Iterator[None]:
     """Inside, `datasets.load_dataset` takes a data set from `folder` if it is there, and says so if none is anywhere.
@@ -149,6 +163,8 @@ def local_first(folder: Path | None) -> Iterator[None]:
         for split, those in files.items():  # each with files of one format, which may be another than the others'
             kind = {".parquet": "parquet", ".csv": "csv"}.get(those[0].suffix, "json")
             splits |= original(kind, data_files={split: [str(file) for file in those]})
+            if kind == "csv":
+                _refuse_lists(those[0], splits[split])
         return splits
 
     datasets.load_dataset = load
