@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import signal
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_openelm.training.run import metrics
 import mlx.core as mx
 import numpy as np
 import pytest
+from covering import chosen
 from fake_hub import FakeHub
 from gpu_devices import HAS_GPU, STAND_IN, gpu_tests
 
@@ -30,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--run-slow",
         action="store_true",
-        help="also run tests of large models and long runs, and all cases of the GPU tests on a CPU",
+        help="also run tests of large models and long runs, all combinations of parameters, and all cases of the GPU "
+        "tests on a CPU",
     )
 
 
@@ -38,6 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--run-slow"):
         return
     seen = set()
+    covered = defaultdict(list)
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
@@ -46,6 +50,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if name in seen and crc32(item.nodeid.encode()) % 3:
                 item.add_marker(pytest.mark.skip(reason="a CPU stands in for a GPU, in a third of the cases"))
             seen.add(name)
+        elif "covering" in item.keywords:
+            covered[item.nodeid.partition("[")[0]].append(item)
+    for cases in covered.values():
+        strength = next(iter(cases[0].iter_markers("covering"))).args or (1,)
+        # One id for each `parametrize`, whose values belong together, and for each fixture with parameters.
+        kept = chosen([dict(enumerate(case.callspec._idlist)) for case in cases], *strength)
+        for case in (case for index, case in enumerate(cases) if index not in kept):
+            case.add_marker(pytest.mark.skip(reason="others cover its values: run with --run-slow"))
 
 
 def pytest_collection_finish() -> None:

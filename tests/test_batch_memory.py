@@ -78,6 +78,7 @@ def peak(engine: Engine) -> int:
     return mx.get_peak_memory()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("prompts_first", [True, False])
 @pytest.mark.parametrize(
     ("count", "length", "options"),

@@ -330,6 +330,7 @@ def test_the_table_tells_all_rows_from_each() -> None:
     assert any("Speeds are those of all rows" in line for line in lines)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("count", [1, 16])
 def test_tables_fit(width: int, count: int) -> None:

@@ -149,6 +149,7 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.covering
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 @pytest.mark.parametrize("args", [["generate", "x", "-m", "2"], ["generate", "x", "-m", "2", "--json"], ["--help"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -169,6 +169,7 @@ def test_weights_are_shares_of_tokens(tmp_path: Path) -> None:
     assert 0.6 < share < 0.8
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["packed", "corenet"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_do_not_change_the_data(tmp_path: Path, mode: str, workers: int) -> None:
@@ -553,6 +554,7 @@ def test_lines_end_as_they_may_and_null_is_no_text(tmp_path: Path, end: str) -> 
     assert [raw.number for chunk, _ in read_chunks(file, 2) for raw in chunk] == list(range(33, 44))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("line", "message"),
     [

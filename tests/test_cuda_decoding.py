@@ -273,6 +273,7 @@ def test_other_models_and_caches_take_the_plain_path(calls, model, change):
     assert not calls
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("length", [1, pytest.param(3, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_replaced_module_is_used_from_the_next_call_on(calls, model, name, length):

@@ -114,6 +114,7 @@ def test_a_text_with_drafts_is_the_text_without(loaded: tuple[OpenELM, Tokenizer
                 assert row.drafts.tokens_per_step > 1.5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("constraint", CONSTRAINED, ids=str)
 @pytest.mark.parametrize("options", [{}, {"temp": 0.9, "seed": 5}, {"max_kv_size": 16, "top_logprobs": 2}], ids=str)
 def test_drafts_with_constraints(

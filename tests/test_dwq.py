@@ -115,6 +115,7 @@ def test_the_divergence_falls_on_unseen_text(changes):
     assert kl_divergence(full, with_grids(packed, grids, **changes), windows[16:]) < 0.97 * before
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [0.002, 5.0])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_result_is_never_worse_than_the_start_on_held_out_text(bits, rate):

@@ -141,6 +141,7 @@ def in_numpy(weight: np.ndarray, change: LowRank, is_embedding: bool) -> np.ndar
     return total * (magnitude / np.sqrt((total**2).sum(axis=1)))[:, None]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("output_side", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_weights_equal_numpys_in_one_chunk_or_several(dora: bool, output_side: bool, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def their_tokens(model: Any, prompt: list[int], count: int, **kwargs: Any) -> li
 # Their generators over our model.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", [None, "ours", "theirs"])
 @pytest.mark.parametrize("prompt", range(4))
 def test_their_generate_step_over_our_model(model: OpenELM, prompt: int, caches: str | None) -> None:
@@ -86,6 +87,7 @@ def test_prefill_steps_and_their_logprobs(model: OpenELM) -> None:
         assert abs(logprob - logprobs[token].item()) < 1e-4
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", CACHES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_caches_give_the_same_tokens(model: OpenELM, bits: int, caches: str) -> None:
@@ -140,6 +142,7 @@ def expected_of_long(model: OpenELM) -> list[list[int]]:
     return [plain_greedy(model, prompt, 30) for prompt in LONG]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", [None, "ours"])
 @pytest.mark.parametrize(
     "sizes",

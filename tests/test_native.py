@@ -73,6 +73,7 @@ def test_products_with_plain_weights(outputs, inputs, dtype):
         assert apart(linear(x, weight), x @ weight.astype(mx.float32).T) < 1e-5
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("inputs", [1, 7, 13, 31, 33, 63, 100, 192, 200, 1000, 1297])
@@ -404,6 +405,7 @@ def plain_layer(arguments, opened):
     return x + (gate * mx.sigmoid(gate) * up) @ opened[3].T, keys, values
 
 
+@pytest.mark.covering(2)
 @needs_kernels
 @pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(0, 0), (4, 64), (4, 32), (8, 64), (3, 64)])

@@ -63,6 +63,7 @@ def raw_request(
     return sock
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/responses"])
 def test_a_client_that_leaves_frees_its_row_within_a_step(

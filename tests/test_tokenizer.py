@@ -252,6 +252,7 @@ def test_transformers_and_mlx_lm_read_the_same_ids(saved):
         assert theirs[0].decode(ids, skip_special_tokens=True) == from_model.decode(ids)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("adds_space", [True, False])
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("files", ["tokenizer.model", "tokenizer.json", "both"])
