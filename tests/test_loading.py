@@ -418,7 +418,7 @@ def test_any_damage_to_a_header_is_refused_or_harmless(data: st.DataObject) -> N
             assert model.config.num_parameters == sum(w.size for w in parameters(model).values())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_in_a_header_is_refused_or_harmless(data: st.DataObject) -> None:
     """Whole JSON values instead of bytes get further into the reader."""
