@@ -73,7 +73,10 @@ def refused(*args: object, code: int = 2, **more: Any) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes share compiled bytecode, as for an installed package, outside of the source tree."""
+    """Processes share compiled bytecode, as for an installed package; if Python may write none, elsewhere."""
+    if not sys.dont_write_bytecode:
+        yield
+        return
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))

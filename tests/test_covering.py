@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import combinations, product
 
-from covering import chosen
-
 import pytest
+from covering import chosen
 
 
 @pytest.mark.parametrize(("strength", "most"), [(1, 4), (2, 16)])

@@ -107,7 +107,7 @@ def test_random_requests_give_the_logits_of_plain_prefill(model: Any, kind: str,
                 logits, expected = process(model, ids[-1:], cache), process(model, ids[-1:], plain)
         tree.insert(ids, cache)
         assert tree.nbytes == contents(tree) <= budget
-    assert reused > {MUCH: 200, 100_000: 20}.get(budget, -1)
+    assert reused > {MUCH: 150, 100_000: 20}.get(budget, -1)
 
 
 def test_every_length_of_a_held_prefix_is_found(model: Any) -> None:
