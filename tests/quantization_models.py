@@ -71,11 +71,14 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def measure_few_choices(patch: pytest.MonkeyPatch) -> None:
-    """Of the choices for a matrix, only those with groups of 32 are measured."""
+    """Of the choices for a matrix, only some with groups of 32 are measured."""
     every = sensitivity.candidates
 
     def few(config: ModelConfig) -> dict[str, list[Quantization]]:
-        return {path: [one for one in some if one.group_size == 32] for path, some in every(config).items()}
+        return {
+            path: [one for one in some if one.group_size == 32 and one.bits in (2, 3, 4, 8)]
+            for path, some in every(config).items()
+        }
 
     patch.setattr(sensitivity, "candidates", few)
 
