@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import ModelConfig
+from mlx_openelm.formats import rounding
 from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization import sensitivity
@@ -68,6 +70,13 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(SHAKESPEARE / name, folder / name)
     return folder
+
+
+def search_little() -> Iterator[None]:
+    """For a module of tests that do not look at quality: of the ranges that a grid may have, few are tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "_SHRINKS", rounding._SHRINKS[::6])
+        yield
 
 
 def measure_few_choices(patch: pytest.MonkeyPatch) -> None:

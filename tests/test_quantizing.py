@@ -23,11 +23,14 @@ from mlx_openelm.quantization.text import read_text
 import mlx.core as mx
 import numpy as np
 import pytest
-from quantization_models import FIXTURES, SHAKESPEARE, measure_few_choices, write_tiny
+from quantization_models import FIXTURES, SHAKESPEARE, measure_few_choices, search_little, write_tiny
 
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
 # A few short windows: quality is not tested here.
 SMALL: dict[str, Any] = {"num_samples": 4, "sequence_length": 32}
+
+
+little_search = pytest.fixture(scope="module", autouse=True)(search_little)
 
 
 @pytest.fixture(scope="module")
