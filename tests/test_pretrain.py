@@ -31,6 +31,7 @@ from mlx_openelm.training.step.updater import Updater
 import mlx.core as mx
 import numpy as np
 import pytest
+from in_process import run_here
 from mlx.utils import tree_flatten
 from pretraining_runs import SIZES, WINDOW, command, kill_after, options, run, write_folder
 from quantization_models import write_tiny
@@ -118,7 +119,7 @@ def test_the_command_runs_a_file_and_its_folder_has_what_it_says(here):
     assert record["data"]["mode"] == "packed" and record["data"]["positions"] >= 9 * 2 * 48
     assert "The model is new: own sizes" in done.stderr and "train: 1 file, " in done.stderr
     assert "bits per byte" in done.stderr and "of the peak" in done.stderr
-    again = run("--config", "run.yaml", "--output", "out", folder=here)
+    again = run_here("pretrain", "--config", "run.yaml", "--output", "out", folder=here)
     assert again.returncode == 2 and "continue it with --resume, replace it with --overwrite" in again.stderr
     assert "choose another --output" in again.stderr
 
