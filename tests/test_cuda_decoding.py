@@ -111,7 +111,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
 @pytest.mark.parametrize(
     ("dtype", "packings", "head_dim"),
     [
-        (mx.bfloat16, [None], 64),
+        pytest.param(mx.bfloat16, [None], 64, marks=pytest.mark.slow),
         pytest.param(mx.float16, [None], 128, marks=pytest.mark.slow),
         (mx.bfloat16, [(4, 64)], 128),
         pytest.param(mx.float16, ALL_PACKINGS, 64, marks=pytest.mark.slow),

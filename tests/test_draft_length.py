@@ -66,7 +66,7 @@ def speed(cost, rate, draft_seconds, length):
     return sum(rate**n for n in range(length + 1)) / (cost(1 + length) + draft_seconds * length)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("draft_seconds", [0.0, pytest.param(0.05, marks=pytest.mark.slow), 0.25])
 @pytest.mark.parametrize("cost", [*COSTS.values()], ids=[*COSTS])

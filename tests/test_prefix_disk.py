@@ -192,8 +192,8 @@ def test_files_that_contradict_themselves_are_of_no_use(
     layers, notes = prefix_file.read(path)
     prefix_file.write(path, layers, {**notes, **change})
     tree = start()
-    for options in KINDS.values():
-        assert check(model, tree, [*ids, 5], options) == 0
+    for name in ("growing", "8 bits", "sliding"):
+        assert check(model, tree, [*ids, 5], KINDS[name]) == 0
 
 
 def test_a_note_that_was_changed_is_damage(model: Any, start: Any, tmp_path: Path) -> None:

@@ -107,7 +107,11 @@ def test_rows_outside_of_the_plot_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "ending,head", [("png", b"\x89PNG"), ("svg", b"<?xml"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)]
+    "ending,head",
+    [
+        ("png", b"\x89PNG"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("svg", b"<?xml"), ("pdf", b"%PDF"))),
+    ],
 )
 def test_a_picture_is_written(ending: str, head: bytes, tmp_path: Path) -> None:
     path = tmp_path / f"report.{ending}"
