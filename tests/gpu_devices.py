@@ -27,6 +27,9 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU and not STAND_IN, reason="this machin
 # For tests that are too slow if the CPU takes the GPU's path.
 needs_real_gpu = pytest.mark.skipif(not HAS_GPU or STAND_IN, reason="this machine has no GPU that MLX can use")
 
+# For tests that take some seconds there: all of their cases with --run-slow.
+slow_on_a_stand_in = pytest.mark.slow if STAND_IN else pytest.mark.usefixtures()
+
 # Tolerances against the CPU's float32, relative to the largest number: CUDA multiplies float32 in TF32, which has
 # 10 bits of mantissa like float16; bfloat16 has 7.
 TOLERANCE = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}

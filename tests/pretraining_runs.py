@@ -56,6 +56,12 @@ def write_text(folder: Path, documents: int = 40, words: int = 60, valid: int = 
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-command = partial(training_runs.command, name="pretrain")
-run = partial(training_runs.run, name="pretrain", timeout=300)
-kill_after = partial(training_runs.kill_after, name="pretrain")
+# Windows of packed rows as small as these runs, which need not read their text a hundred times.
+WINDOW = 1 << 12
+START = (
+    f"import sys; from mlx_openelm.training.data.corpus import packed; packed.WINDOW = {WINDOW}; "
+    "from mlx_openelm.cli.main import main; main(sys.argv[1:])"
+)
+command = partial(training_runs.command, name="pretrain", start=("-c", START))
+run = partial(training_runs.run, name="pretrain", start=("-c", START), timeout=300)
+kill_after = partial(training_runs.kill_after, name="pretrain", start=("-c", START))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import ModelConfig
+from mlx_openelm.formats import rounding
 from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization import sensitivity
@@ -70,12 +72,22 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def search_little() -> Iterator[None]:
+    """For a module of tests that do not look at quality: of the ranges that a grid may have, few are tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "_SHRINKS", rounding._SHRINKS[::6])
+        yield
+
+
 def measure_few_choices(patch: pytest.MonkeyPatch) -> None:
-    """Of the choices for a matrix, only those with groups of 32 are measured."""
+    """Of the choices for a matrix, only some with groups of 32 are measured."""
     every = sensitivity.candidates
 
     def few(config: ModelConfig) -> dict[str, list[Quantization]]:
-        return {path: [one for one in some if one.group_size == 32] for path, some in every(config).items()}
+        return {
+            path: [one for one in some if one.group_size == 32 and one.bits in (2, 3, 4, 8)]
+            for path, some in every(config).items()
+        }
 
     patch.setattr(sensitivity, "candidates", few)
 

@@ -40,6 +40,14 @@ MASK = RNG.random((VOCAB, VOCAB)) < 0.6  # which token a constraint allows after
 MASK[:, 5] = True
 
 
+def cases(options, quick):
+    """As parameters, all but those named `quick` with --run-slow."""
+    return [
+        pytest.param(changes, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, changes in options.items()
+    ]
+
+
 def logprobs(table, context, params, mask=False):
     """What a model would give after each token of `context`, [1, vocab], after penalties and a constraint's mask."""
     logits = mx.array(table[context[-1]])[None]
@@ -114,7 +122,7 @@ def speculate(params, sampler, context, start, length):
     return [*drafted[: accepted.item()], token.item()]
 
 
-@pytest.mark.parametrize("changes", [*FILTERS.values()], ids=[*FILTERS])
+@pytest.mark.parametrize("changes", cases(FILTERS, ("temperature", "xtc", "all")))
 def test_one_drafted_token_follows_the_target_and_is_accepted_as_often_as_possible(changes):
     check_one_token(SamplingParams(**changes))
 
@@ -130,7 +138,7 @@ def test_many_drafted_tokens_with_every_filter(changes, mask):
     check_one_token(SamplingParams(**changes), mask, rounds=10_000)
 
 
-@pytest.mark.parametrize("changes", [*PENALTIES.values()], ids=[*PENALTIES])
+@pytest.mark.parametrize("changes", cases(PENALTIES, ("frequency", "bias")))
 def test_one_drafted_token_with_penalties(changes):
     check_one_token(SamplingParams(temp=0.9, top_p=0.9, **changes))
 
@@ -159,7 +167,7 @@ def check_one_token(params, mask=False, rounds=500):
     assert abs(accepted.mean() - best) < 4 * math.sqrt(best * (1 - best) / rounds) + 1e-9
 
 
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_several_drafted_tokens_follow_the_joint_distribution(length):
     """Two tokens of a text in rounds of `length` drafted ones; places refused at first are drafted again."""
     params, context = SamplingParams(temp=1.1, top_k=6, frequency_penalty=1.0), [1, 5, 4]

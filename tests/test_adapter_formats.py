@@ -143,6 +143,7 @@ def test_corenets_lora_gives_the_reference_logits(model: OpenELM, expected: dict
     assert difference(logits(model), expected["corenet-lora"]) < 5e-5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["peft-lora", "peft-dora"])
 @pytest.mark.parametrize("expand", [True, False])
 def test_load_on_packed_matrices(name: str, expand: bool, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_new_adapter_changes_nothing(dora: bool, dtype: str) -> None:
     assert not tree_flatten(model.trainable_parameters())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.mode)
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_adapter_on_packed_matrices_changes_nothing(packing: Quantization, dora: bool) -> None:

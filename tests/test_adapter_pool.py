@@ -137,6 +137,7 @@ def merged_step(
 # Rows.
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("count", ROWS)
 def test_each_row_equals_its_adapter_alone_bit_for_bit(count: int, packing: Quantization | None, lone: Lone) -> None:

@@ -251,6 +251,7 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
         load(model)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
 def test_a_pad_token_without_a_row_is_dropped(tmp_path, name, file) -> None:

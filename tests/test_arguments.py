@@ -38,11 +38,11 @@ from mlx_openelm import (
     train_tokenizer,
 )
 from mlx_openelm.cache import KVCache
+from mlx_openelm.training.data.corpus import packed
 
 import mlx.core as mx
 import pytest
-
-SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+from quantization_models import write_tiny
 
 
 class AnyPath:
@@ -69,10 +69,11 @@ def examples(tmp_path):
     return tmp_path
 
 
-def test_a_path_may_be_of_any_class(examples):
-    kind = AnyPath
+def test_a_path_may_be_of_any_class(examples, monkeypatch):
+    monkeypatch.setattr(packed, "WINDOW", 1 << 12)
+    kind, source = AnyPath, write_tiny(examples / "tiny")
     full, data, text = kind(examples / "full"), kind(examples / "data"), kind(examples / "text.txt")
-    convert(kind(SHAKESPEARE), full, progress=False)
+    convert(kind(source), full, progress=False)
     adapter = kind(examples / "adapter")
     options = FineTuneOptions(train=True, data=data, iters=1, batch_size=1, rank=2, adapter_path=adapter)
     loading = Loading(tokenizer=full)

@@ -38,6 +38,7 @@ def fold(model, index: int, path: str, dtype: mx.Dtype = mx.bfloat16) -> tuple[m
     return before, awq.fold(model.layers[index], path, before, CHOICE, dtype, mx.bfloat16)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index", [0, 1])

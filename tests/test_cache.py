@@ -66,6 +66,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", PAIRS)
 def test_single_sequences(name: str, seed: int) -> None:
@@ -108,6 +109,7 @@ def seen_total(cache: Any, length: int) -> int:
     return min(cache.offset, limit - 1) + length if length > 1 else min(cache.offset + 1, limit)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("keep", [0, 1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_rotating_with_keep_sees_the_first_and_the_latest(keep: int, seed: int) -> None:
@@ -401,6 +403,7 @@ class Rows:
         self.histories[row] = history
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("chunk", [100, 3], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("kind", ["plain", "rotating"])
 @pytest.mark.parametrize("seed", range(6))

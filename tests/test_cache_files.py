@@ -69,6 +69,7 @@ def assert_equal_logits(one: list[Any], other: list[Any]) -> None:
 # mlx-lm reads what we write, and we read what it writes.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_mlx_lm_reads_our_files_to_the_same_logits(tiny: Any, ids: list[int], tmp_path: Path, kind: str, steps: int):
@@ -87,6 +88,7 @@ def test_mlx_lm_reads_our_files_to_the_same_logits(tiny: Any, ids: list[int], tm
     assert_equal_logits(continued(model, read, ids[:20]), expected)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_we_read_mlx_lms_files_to_the_same_logits(tiny: Any, ids: list[int], tmp_path: Path, kind: str, steps: int):
@@ -451,6 +453,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 MORE = ["--max-tokens", "12", "--json"]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [[], ["--kv-bits", "8"], ["--max-kv-size", "64"]], ids=str)
 @pytest.mark.parametrize("rest", [", that", " to have", "\nHAMLET.", "\n\nWhat"])
 def test_the_text_goes_on_as_from_the_whole_prompt(capsys: Any, here: Path, options: list[str], rest: str):

@@ -384,6 +384,7 @@ def expected(model: OpenELM) -> list[int]:
     return [token for token, _ in generate_step(model, PROMPT, max_tokens=16)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_works_with_every_cache_of_keys_and_values(

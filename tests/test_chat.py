@@ -76,6 +76,7 @@ def test_the_answers_are_those_of_whole_prompts(tiny: Any) -> None:
 KINDS = [{}, {"kv_bits": 8}, {"max_kv_size": 16}, {"max_kv_size": 400}, {"kv_bits": 4, "quantized_kv_start": 40}]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("drafts", ["no drafts", "a draft model", "lookup"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_only_new_tokens_are_processed(

@@ -73,7 +73,10 @@ def refused(*args: object, code: int = 2, **more: Any) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes share compiled bytecode, as for an installed package, outside of the source tree."""
+    """Processes share compiled bytecode, as for an installed package; if Python may write none, elsewhere."""
+    if not sys.dont_write_bytecode:
+        yield
+        return
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
@@ -149,6 +152,7 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.covering
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 @pytest.mark.parametrize("args", [["generate", "x", "-m", "2"], ["generate", "x", "-m", "2", "--json"], ["--help"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -290,6 +290,7 @@ SIZE_FIELDS = [
 NOT_SIZES = [0, -1, True, False, 1.5, 2.0, "16", [16], {}, math.nan, math.inf, 1 << 60, 10**400]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", SIZE_FIELDS)
 @pytest.mark.parametrize("value", NOT_SIZES, ids=lambda v: str(v)[:12])
 def test_invalid_sizes_are_refused(name: str, value: Any) -> None:

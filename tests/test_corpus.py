@@ -199,6 +199,7 @@ def test_small_texts_are_read_a_few_times_and_the_data_is_the_same(tmp_path: Pat
         assert take(data, 20) == found[40:]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["packed", "corenet"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_do_not_change_the_data(tmp_path: Path, mode: str, workers: int) -> None:
@@ -228,7 +229,7 @@ def test_a_stream_continues_exactly_with_other_numbers_of_workers_and_processes(
             totals.append(data.record()["tokens"])
         assert data.record()["epochs"] >= 1
     options.pop("corenet_processes", None)  # it is that of the run before
-    for at, workers in ((0, 0), (1, 2), (7, 1), (33, 0), (58, 2)):
+    for at, workers in ((0, 0), (1, 2), (7, 1), (33, 0), (58, 0)):
         run = {"grad_accumulation_steps": 2, "state": json.loads(states[at])}
         with make(sources, workers=workers, run=run, **options) as data:
             for index in range(at, min(at + 4, 60)):
@@ -498,7 +499,7 @@ def test_every_format_gives_the_same_text(tmp_path: Path, name: str) -> None:
     documents = [text + "\n\u2028é" for text in texts(45)]
     WRITERS[name](tmp_path / name, documents)
     expected = joined_targets(documents)
-    for workers in (0, 2):
+    for workers in (0, 2) if name == "a.jsonl" else (0,):  # each takes half a second to start
         with make(str(tmp_path / name), workers=workers, shuffle_buffer=0) as data:
             steps = [data.step() for _ in range(6)]
             state = data.state()
@@ -583,6 +584,7 @@ def test_lines_end_as_they_may_and_null_is_no_text(tmp_path: Path, end: str) -> 
     assert [raw.number for chunk, _ in read_chunks(file, 2) for raw in chunk] == list(range(33, 44))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -642,7 +644,7 @@ def test_a_cache_gives_the_same_data_and_is_rebuilt_if_damaged_or_stale(tmp_path
             assert take(data, 40) == expected
     end = int.from_bytes(whole[-8:], "little")  # of the tokens; the last ones are of the last chunk
     for damage in (whole[:-20], bytes([whole[0] ^ 1]) + whole[1:], whole[: end - 1] + b"\xff" + whole[end:], b""):
-        for workers in (0, 2):
+        for workers in (0, 2) if damage else (0,):
             file.write_bytes(damage)
             with make(str(tmp_path / "a.jsonl"), workers=workers, **options) as data:
                 assert take(data, 40) == expected

@@ -111,7 +111,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
 @pytest.mark.parametrize(
     ("dtype", "packings", "head_dim"),
     [
-        (mx.bfloat16, [None], 64),
+        pytest.param(mx.bfloat16, [None], 64, marks=pytest.mark.slow),
         pytest.param(mx.float16, [None], 128, marks=pytest.mark.slow),
         (mx.bfloat16, [(4, 64)], 128),
         pytest.param(mx.float16, ALL_PACKINGS, 64, marks=pytest.mark.slow),
@@ -273,6 +273,7 @@ def test_other_models_and_caches_take_the_plain_path(calls, model, change):
     assert not calls
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("length", [1, pytest.param(3, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_replaced_module_is_used_from_the_next_call_on(calls, model, name, length):

@@ -173,6 +173,7 @@ def test_prefill_evaluates_only_the_cache(model: OpenELM, monkeypatch: pytest.Mo
 # A rotating cache at exactly its limit: generation with it.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("length", [7, 8, 9])
 @pytest.mark.parametrize("step_size", [1, 7, 8, 16])
 def test_a_prompt_around_the_limit_of_a_sliding_cache(model: OpenELM, length: int, step_size: int) -> None:

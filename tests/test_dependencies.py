@@ -9,6 +9,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from package_trees import tree_of
+
 ROOT = Path(__file__).parents[1]
 # Modules whose names differ from those of their distributions.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
@@ -33,7 +35,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def third_party() -> set[str]:
     files = (ROOT / "mlx_openelm").rglob("*.py")
-    names = {name.partition(".")[0] for file in files for name in imports(ast.parse(file.read_text(encoding="utf-8")))}
+    names = {name.partition(".")[0] for file in files for name in imports(tree_of(file))}
     return names - {"", "mlx_openelm", *sys.stdlib_module_names}
 
 

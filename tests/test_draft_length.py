@@ -66,6 +66,7 @@ def speed(cost, rate, draft_seconds, length):
     return sum(rate**n for n in range(length + 1)) / (cost(1 + length) + draft_seconds * length)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("draft_seconds", [0.0, pytest.param(0.05, marks=pytest.mark.slow), 0.25])
 @pytest.mark.parametrize("cost", [*COSTS.values()], ids=[*COSTS])
@@ -75,6 +76,7 @@ def test_the_speed_is_close_to_that_of_the_best_number(cost, rate, draft_seconds
     assert Simulation(cost, [rate], draft_seconds, noise=0.2).run(1500) > 0.9 * best
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("draft_seconds", [0.0, 0.25])
 @pytest.mark.parametrize("cost", [*COSTS.values()], ids=[*COSTS])

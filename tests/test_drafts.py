@@ -97,23 +97,21 @@ def submit(engine: Engine, expected: Sequence[int], prompt: str, mistakes: float
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_text_with_drafts_is_the_text_without(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any]) -> None:
-    for length, count, drafts in ((5, 40, 3), (70, 40, 8)):
+    for length, count, drafts, mistakes in ((5, 40, 3, 0.25), (70, 40, 8, 0.0)):
         expected = alone(*loaded, PLAY[:length], {"max_tokens": count, **options})
-        for mistakes in (0.0, 0.25):
-            engine = Engine(*loaded)
-            row = submit(
-                engine, expected[1], PLAY[:length], mistakes, max_tokens=count, num_draft_tokens=drafts, **options
-            )
-            finish(engine)
-            if row.error is not None:
-                raise row.error
-            assert_equal(result_of(row), expected)
-            assert row.drafts is not None and row.drafts.drafted > 0
-            if mistakes == 0 and len(expected[1]) > 20:
-                assert row.drafts.acceptance == 1
-                assert row.drafts.tokens_per_step > 1.5
+        engine = Engine(*loaded)
+        row = submit(engine, expected[1], PLAY[:length], mistakes, max_tokens=count, num_draft_tokens=drafts, **options)
+        finish(engine)
+        if row.error is not None:
+            raise row.error
+        assert_equal(result_of(row), expected)
+        assert row.drafts is not None and row.drafts.drafted > 0
+        if mistakes == 0 and len(expected[1]) > 20:
+            assert row.drafts.acceptance == 1
+            assert row.drafts.tokens_per_step > 1.5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("constraint", CONSTRAINED, ids=str)
 @pytest.mark.parametrize("options", [{}, {"temp": 0.9, "seed": 5}, {"max_kv_size": 16, "top_logprobs": 2}], ids=str)
 def test_drafts_with_constraints(
@@ -121,15 +119,14 @@ def test_drafts_with_constraints(
 ) -> None:
     pytest.importorskip("llguidance")
     options = {"max_tokens": 30, **constraint, **options}
-    for length in (5, 30):
+    for length, mistakes in ((5, 0.0), (30, 0.2)):
         expected = alone(*loaded, PLAY[:length], options)
-        for mistakes in (0.0, 0.2):
-            engine = Engine(*loaded)
-            row = submit(engine, expected[1], PLAY[:length], mistakes, num_draft_tokens=3, **options)
-            finish(engine)
-            if row.error is not None:
-                raise row.error
-            assert_equal(result_of(row), expected)
+        engine = Engine(*loaded)
+        row = submit(engine, expected[1], PLAY[:length], mistakes, num_draft_tokens=3, **options)
+        finish(engine)
+        if row.error is not None:
+            raise row.error
+        assert_equal(result_of(row), expected)
 
 
 def mixed(loaded: tuple[OpenELM, Tokenizer], draft_model: OpenELM | None = None) -> list[tuple[str, dict[str, Any]]]:

@@ -53,6 +53,7 @@ JOBS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("dtype", ["fp16", mx.float16], ids=str)
 def test_every_job_accepts_every_name_of_a_type(job: str, dtype: str | mx.Dtype, tmp_path: Path) -> None:

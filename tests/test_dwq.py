@@ -96,7 +96,16 @@ def with_grids(packed, grids, **changes):
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_input_output_layers": False}, {"ffn_with_glu": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param({name: False}, marks=pytest.mark.slow)
+            for name in ("share_input_output_layers", "ffn_with_glu")
+        ),
+    ],
+)
 def test_the_divergence_falls_on_unseen_text(changes):
     windows = random_windows(64, 17)
     batches = [mx.array(windows[i : i + 2])[:, :-1] for i in range(0, 64, 2)]
@@ -115,6 +124,7 @@ def test_the_divergence_falls_on_unseen_text(changes):
     assert kl_divergence(full, with_grids(packed, grids, **changes), windows[16:]) < 0.97 * before
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [0.002, 5.0])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_result_is_never_worse_than_the_start_on_held_out_text(bits, rate):
@@ -174,7 +184,7 @@ def test_the_training_loss_is_the_models_divergence():
     assert dwq.divergence(model, teacher, batches, 0).item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("methods", [("dwq",), ("awq", "gptq", "dwq")])
+@pytest.mark.parametrize("methods", [pytest.param(("dwq",), marks=pytest.mark.slow), ("awq", "gptq", "dwq")])
 def test_the_whole_pipeline_with_an_untied_head_and_mixed_bits(methods):
     config = tiny_model(share_input_output_layers=False).config
     choices, _ = plan(config, lambda path: Quantization(32, 3 if "ffn" in path else 4))

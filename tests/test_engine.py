@@ -90,6 +90,7 @@ def assert_equal(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     assert found[2] == pytest.approx(expected[2], abs=1e-4)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("count", [1, 2, 11, 12, 16, 33])
 def test_each_row_is_its_lone_run(loaded: tuple[OpenELM, Tokenizer], count: int) -> None:
     model, tokenizer = loaded
@@ -223,6 +224,7 @@ def test_rows_wait_for_memory(loaded: tuple[OpenELM, Tokenizer]) -> None:
         Engine(model, tokenizer, max_bytes=needed - 1).submit(PLAY[:20], max_tokens=9)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 64}, {"kv_bits": 8, "kv_group_size": 32}], ids=str)
 def test_prompts_share_prefixes(loaded: tuple[OpenELM, Tokenizer], exact: bool, options: dict[str, Any]) -> None:
@@ -275,6 +277,7 @@ def test_a_row_that_fails_while_its_draft_is_checked_harms_no_neighbor(loaded: t
     assert_equal(result_of(row), alone(model, tokenizer, PLAY, {"max_tokens": 12}))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("adapter", [None, "peft-lora"])
 @pytest.mark.parametrize("size", [None, 5, 16])
 def test_shared_prompts_are_exact_wherever_they_part(adapter: str | None, size: int | None) -> None:
@@ -291,6 +294,7 @@ def test_shared_prompts_are_exact_wherever_they_part(adapter: str | None, size: 
     assert row.cached_tokens >= (len(ids) - 24 if size or to_the_token else 0)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 24}], ids=str)
 def test_only_prompts_are_exact(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any]) -> None:
     """Not what a constraint forces, though it is processed like a prompt: the tokens before it were not."""
@@ -362,6 +366,7 @@ def test_batch_generate_takes_one_value_or_one_per_prompt(loaded: tuple[OpenELM,
     assert [result.finish_reason for result in results[::2]] == ["length", "length"]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stop", [[None, ["I"]], [[], "I"]])
 def test_stop_strings_per_prompt_may_be_missing(loaded: tuple[OpenELM, Tokenizer], stop: Any) -> None:
     model, tokenizer = loaded
@@ -476,6 +481,7 @@ CONSTRAINED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("count", [5, 11])
 def test_constrained_rows_are_their_lone_runs(loaded: tuple[OpenELM, Tokenizer], count: int) -> None:
     pytest.importorskip("llguidance")

@@ -12,6 +12,7 @@ from mlx_openelm.harness import during_training, lm_tasks
 from mlx_openelm.harness.evaluating import evaluate
 from mlx_openelm.harness.options import EvaluateOptions
 from mlx_openelm.harness.scorer import Scorer
+from mlx_openelm.training.data.corpus import packed
 from mlx_openelm.training.run.metrics import read
 from mlx_openelm.training.run.preparing import Loading
 
@@ -21,6 +22,11 @@ import pytest
 DATA = Path(__file__).parent / "fixtures/evaluation/commonsense"
 TASKS = {"eval_tasks": "commonsense/openbookqa", "eval_tasks_data": str(DATA), "eval_tasks_limit": 3}
 PAIR = [("To be, or not", " to be, that is the question")]
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(packed, "WINDOW", pretraining_runs.WINDOW)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "f16"])
+@pytest.mark.parametrize("kind", ["q8_0", pytest.param("f16", marks=pytest.mark.slow)])
 def test_a_gguf_file_with_card_and_license(
     kind: str, original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path
 ) -> None:

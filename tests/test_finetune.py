@@ -80,7 +80,7 @@ def _kill_and_resume(folder: Path, flags: tuple, kills: int, seed: int) -> None:
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here):
-    _kill_and_resume(here, (*FLAGS, "--iters", 20, "--save-every", 1), 2, seed=1)
+    _kill_and_resume(here, (*FLAGS, "--iters", 20, "--save-every", 1), 1, seed=1)
 
 
 @pytest.mark.slow
@@ -204,24 +204,21 @@ def test_resuming_needs_a_run_but_no_checkpoint(here):
     assert done.training.steps == 9 and (here / "adapters" / "adapters.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
+def test_a_different_run_cannot_be_resumed(here):
+    _stop_after(3, SHORT, Notes())
+    lines = (here / "data" / "train.jsonl").read_text().splitlines()
+    shutil.copytree(here / "data", here / "other")
+    (here / "other" / "train.jsonl").write_text("\n".join([*lines[:-1], lines[0]]))
+    for changes, named in (
         ({"rank": 5}, "rank 4, not 5"),
         ({"batch_size": 2}, "batch_size 4, not 2"),
         ({"seed": 3}, "seed 0, not 3"),
         ({"packing": True}, "packing off, not on"),
         ({"target_modules": ("qkv_proj",)}, "target_modules unset, not qkv_proj"),
         ({"data": "other"}, "not what this run learned from"),
-    ],
-)
-def test_a_different_run_cannot_be_resumed(here, changes, named):
-    _stop_after(3, SHORT, Notes())
-    lines = (here / "data" / "train.jsonl").read_text().splitlines()
-    shutil.copytree(here / "data", here / "other")
-    (here / "other" / "train.jsonl").write_text("\n".join([*lines[:-1], lines[0]]))
-    with pytest.raises(RequestError, match=named):
-        tune(replace(SHORT, resume=True, **changes))
+    ):
+        with pytest.raises(RequestError, match=named):
+            tune(replace(SHORT, resume=True, **changes))
     shutil.copytree(here / "data", here / "moved")  # the same data under another path
     free = {"data": "moved", "steps_per_report": 1, "save_every": 3, "keep_last": 1, "iters": 9}
     assert tune(replace(SHORT, resume=True, **free)).training.steps == 9

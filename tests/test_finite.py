@@ -72,6 +72,7 @@ def steps(model: OpenELM, params: dict[str, Any], count: int = 3) -> list[tuple[
 # Generation.
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("params", SAMPLING, ids=str)
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -89,6 +90,7 @@ def test_generation_ends_at_the_first_logits(either_way: None, name: str, value:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("token", [0, 100, 255])
 @pytest.mark.parametrize("params", SAMPLING[:2], ids=str)

@@ -56,7 +56,10 @@ SHORT_TEXT = ("--num-samples", "2", "--sequence-length", "32")
     ("args", "bits"),
     [
         pytest.param(("convert", "-q", "--q-bits", "3"), 3, marks=pytest.mark.slow),
-        (("quantize", "--mlx-path", "mlx_model", "--method", "gptq", *SHORT_TEXT), 4),
+        pytest.param(
+            ("quantize", "--mlx-path", "mlx_model", "--method", "gptq", *SHORT_TEXT), 4, marks=pytest.mark.slow
+        ),
+        (("quantize", "--mlx-path", "mlx_model", "--q-bits", "3"), 3),
         (("convert", "--model", "my model.gguf", "-q", "--tokenizer", TINY_FOLDER / "tokenizer.model"), 4),
         pytest.param(("convert", "--model", "packed", "-q", "--q-bits", "8"), 8, marks=pytest.mark.slow),
     ],

@@ -141,6 +141,7 @@ def in_numpy(weight: np.ndarray, change: LowRank, is_embedding: bool) -> np.ndar
     return total * (magnitude / np.sqrt((total**2).sum(axis=1)))[:, None]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("output_side", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_weights_equal_numpys_in_one_chunk_or_several(dora: bool, output_side: bool, tmp_path: Path) -> None:
@@ -256,7 +257,9 @@ def unpack(folder: Path, path: str) -> mx.array:
     return checkpoint.quantization[path].unpack(parts, mx.float32)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=() if m in ("4 bits", "mxfp4", "mixed") else pytest.mark.slow) for m in MODES]
+)
 def test_a_quantized_base_is_requantized_the_same_way(mode: str, packed: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     base, adapter_path = packed[mode], FIXTURES / "peft-lora-embedding"

@@ -85,7 +85,7 @@ def check(worker: Worker, kind: str, seeds: range) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(worker: Worker, kind: str) -> None:
-    check(worker, kind, range(15))
+    check(worker, kind, range(10))
 
 
 @pytest.mark.slow

@@ -139,6 +139,7 @@ def test_eos_is_a_piece_without_text(model: OpenELM, tokenizer: Tokenizer) -> No
     assert 2 not in [p.token for p in banned]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stop", ["Messenger My", "my lord", "r", "\n\n [", "you!", " accepted with you,\n"])
 @pytest.mark.parametrize("form", [str, list, tuple])
 def test_stop_strings_may_span_tokens(model: OpenELM, tokenizer: Tokenizer, stop: str, form: Callable) -> None:

@@ -235,6 +235,7 @@ NO_LISTS: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", PER_LAYER)
 @pytest.mark.parametrize(("kind", "value"), NO_LISTS)
 def test_invalid_sizes_per_layer_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
@@ -245,6 +246,7 @@ def test_invalid_sizes_per_layer_are_refused(tmp_path: Path, name: str, kind: st
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "name", ["block_count", "embedding_length", "context_length", "attention.key_length", "attention.value_length",
              "rope.dimension_count"],
@@ -259,6 +261,7 @@ def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: 
     refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not a valid value")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["attention.layer_norm_rms_epsilon", "rope.freq_base"])
 @pytest.mark.parametrize(
     ("kind", "value"),

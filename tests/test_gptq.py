@@ -44,6 +44,7 @@ def output_error(change: np.ndarray, moments: np.ndarray) -> float:
     return float(np.trace(change @ moments.astype(np.float64) @ change.T))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("columns,size", [(32, 32), (96, 32), (128, 64), (256, 128)])
 def test_levels_equal_the_textbooks(columns, size, bits):

@@ -46,8 +46,8 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
 
 
 # Whole and padded tiles of queries, single and packed examples; few of them where a CPU stands in.
-CASES = list(itertools.product((256, 136), (1, 3), (NOTHING, PARTS, LAYERS)))
-MARKS = {(136, 3, PARTS): [], (256, 1, NOTHING): [pytest.mark.slow]}
+CASES = [*itertools.product((256, 136), (1, 3), (NOTHING, PARTS, LAYERS)), (72, 3, PARTS)]
+MARKS = {(72, 3, PARTS): [], (136, 3, PARTS): [pytest.mark.slow], (256, 1, NOTHING): [pytest.mark.slow]}
 
 
 @pytest.mark.parametrize(

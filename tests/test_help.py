@@ -113,6 +113,7 @@ def test_examples_can_be_copied() -> None:
         ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("words", [["doctor"], ["info", "tiny"], ["info", "3b"]])
 def test_reports_fit_the_width(words: list[str], columns: int) -> None:

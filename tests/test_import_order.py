@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx_openelm
 
 import pytest
+from package_trees import tree_of
 
 PACKAGE = Path(mlx_openelm.__file__).parent
 # From top to bottom. A room is a folder, or a file beside the folders; it imports only from itself and the rooms below.
@@ -32,7 +33,7 @@ def imports(name: str) -> set[str]:
     """The files of the package that a file imports, inside functions and under TYPE_CHECKING too."""
     targets: list[list[str]] = []
     package = [PACKAGE.name, *name.split(".")[:-1]]
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in ast.walk(tree_of(FILES[name])):
         if isinstance(node, ast.Import):
             targets += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

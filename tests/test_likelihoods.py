@@ -15,8 +15,21 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def packed():
     return load("tiny", exact_activations=True)
+
+
+@pytest.fixture(scope="module")
+def unpacked():
+    return load("tiny", expand=True)
+
+
+@pytest.fixture
+def tiny(request, packed, unpacked):
+    """Where a test runs in plain MLX, which is slow with packed weights, unpacked ones."""
+    if "either_way" in request.fixturenames:
+        request.getfixturevalue("either_way")
+    return unpacked if native.kernels is None else packed
 
 
 def plain(model, request: Request) -> tuple[float, bool]:

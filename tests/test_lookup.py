@@ -22,7 +22,7 @@ def longest(text, within):
     return 0, []
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 30))])
 def test_the_longest_suffix_that_occurred_before_is_found_where_it_did_last(seed):
     rng = random.Random(seed)
     automaton, text = SuffixAutomaton(), []

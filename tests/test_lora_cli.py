@@ -287,16 +287,16 @@ def test_ctrl_c_before_training_says_that_nothing_was_saved(began, monkeypatch, 
 
 def test_on_a_terminal_there_is_one_live_line(folder):
     terminal, theirs = pty.openpty()
-    words = command(*SMALL[:5], "--iters", 150, "--max-seq-length", 48, "--steps-per-report", 75, "--adapter-path",
+    words = command(*SMALL[:5], "--iters", 60, "--max-seq-length", 48, "--steps-per-report", 30, "--adapter-path",
                     "live", "--val-batches", 2)  # fmt: skip
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=theirs, cwd=folder,
                                env=environment() | {"TERM": "xterm"})  # fmt: skip
     os.close(theirs)
     shown = _read_all(terminal, process)
     assert process.wait() == 0, shown
-    live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  \d+:\d\d left  [\d,]+ tokens/s  [\d.]+ MB", shown)
+    live = re.findall(r"(\d+)/60 .*?loss \d+\.\d+  \d+:\d\d left  [\d,]+ tokens/s  [\d.]+ MB", shown)
     assert len(set(live)) > 2
-    assert re.search(r"Step 75 of 150: train loss", shown)
+    assert re.search(r"Step 30 of 60: train loss", shown)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
 
 

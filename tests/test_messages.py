@@ -12,6 +12,7 @@ from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.errors import OpenELMError, RequestError
 
 import pytest
+from package_trees import tree_of
 
 PACKAGE = Path(mlx_openelm.__file__).parent
 # Names of things, rather than words: functions, arguments, keys and libraries.
@@ -54,7 +55,7 @@ def beginnings(message: ast.expr) -> Iterator[str]:
 def messages() -> Iterator[tuple[str, str]]:
     """Where an error is made, and the beginning of its message."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             match node:
                 case ast.Call(func=ast.Name(id="RequestError" | "OpenELMError"), args=[message, *_]):
                     for text in beginnings(message):
@@ -69,7 +70,7 @@ def test_messages_begin_with_a_capital_or_a_name():
 
 def texts(path: Path) -> Iterator[str]:
     """The texts in a file, each f-string as one, with a star for a value; those of docstrings too."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for node in joined for part in node.values}
     for node in joined:

@@ -62,6 +62,7 @@ def their_tokens(model: Any, prompt: list[int], count: int, **kwargs: Any) -> li
 # Their generators over our model.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", [None, "ours", "theirs"])
 @pytest.mark.parametrize("prompt", range(4))
 def test_their_generate_step_over_our_model(model: OpenELM, prompt: int, caches: str | None) -> None:
@@ -86,6 +87,7 @@ def test_prefill_steps_and_their_logprobs(model: OpenELM) -> None:
         assert abs(logprob - logprobs[token].item()) < 1e-4
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", CACHES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_caches_give_the_same_tokens(model: OpenELM, bits: int, caches: str) -> None:
@@ -140,6 +142,7 @@ def expected_of_long(model: OpenELM) -> list[list[int]]:
     return [plain_greedy(model, prompt, 30) for prompt in LONG]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("caches", [None, "ours"])
 @pytest.mark.parametrize(
     "sizes",
@@ -260,12 +263,12 @@ def test_plain_folders_load_in_mlx_lm(tmp_path: Path, dtype: str) -> None:
     assert_equal_logits(tmp_path / "mlx")
 
 
-QUANTIZED: list[Any] = [("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)] + [("affine", 4, 32), ("affine", 8, 128)]
-QUANTIZED += [
-    pytest.param("affine", bits, group, marks=pytest.mark.slow)
+# Every number of bits and every size of groups.
+QUICK = ((2, 64), (3, 64), (4, 32), (5, 64), (6, 64), (8, 128))
+QUANTIZED: list[Any] = [
+    pytest.param("affine", bits, group, marks=() if (bits, group) in QUICK else pytest.mark.slow)
     for bits in (2, 3, 4, 5, 6, 8)
-    for group in (32, 128)
-    if (bits, group) not in ((4, 32), (8, 128))
+    for group in (32, 64, 128)
 ]
 QUANTIZED += [("mxfp4", None, None), ("nvfp4", None, None), ("mxfp8", None, None)]
 
@@ -326,13 +329,18 @@ def test_shards_load_in_mlx_lm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"dtype": "float16"},
         {"quantize": True},
-        {"quantize": True, "q_bits": 8, "q_group_size": 32},
         {"quantize": True, "q_mode": "mxfp4"},
-        {"quantize": True, "q_mode": "nvfp4"},
-        {"quantize": True, "q_mode": "mxfp8"},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {},
+                {"quantize": True, "q_bits": 8, "q_group_size": 32},
+                {"quantize": True, "q_mode": "nvfp4"},
+                {"quantize": True, "q_mode": "mxfp8"},
+            )
+        ),
     ],
     ids=str,
 )

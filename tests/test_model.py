@@ -99,6 +99,7 @@ def test_logits_equal_the_reference(shakespeare: OpenELM, form: str, prompt: int
     assert_close(logits[0], expected)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("prompt", range(4))
 def test_greedy_tokens_equal_the_reference(shakespeare: OpenELM, form: str, prompt: int) -> None:
     cache = make_cache(len(shakespeare.layers))
@@ -188,6 +189,7 @@ def test_token_by_token_equals_one_pass(shakespeare: OpenELM, form: str) -> None
     assert cache[0].offset == ids.shape[1]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("size", [1, 3, 7, 16, 62, 63])
 def test_chunks_equal_one_pass(shakespeare: OpenELM, form: str, size: int) -> None:
     ids = mx.array([REFERENCE["ids"][3] + REFERENCE["greedy"][3]])
@@ -235,6 +237,7 @@ def test_rows_of_equal_length_share_one_plain_cache(form: str) -> None:
     assert_close(logits, numpy_logits(model, ids))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("chunk", [1, 2, 5, 11, 40])
 def test_a_sliding_cache_sees_the_first_and_the_latest_whatever_the_chunks(form: str, chunk: int) -> None:
     """Position p sees itself, the first `keep` and the latest of the rest, `max_size` in all."""
@@ -289,6 +292,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", SWITCHES)
 def test_every_switch_equals_the_numpy_implementation(form: str, name: str) -> None:
     model = make_model(make_config(**SWITCHES[name]))
@@ -400,6 +404,7 @@ def test_a_fully_masked_row_is_finite() -> None:
 # Types.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 0.5), (mx.float16, 0.06)], ids=str)
 def test_half_precision_is_close(shakespeare: OpenELM, form: str, dtype: mx.Dtype, tolerance: float) -> None:
     model = OpenELM(shakespeare.config)

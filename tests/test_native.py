@@ -73,6 +73,7 @@ def test_products_with_plain_weights(outputs, inputs, dtype):
         assert apart(linear(x, weight), x @ weight.astype(mx.float32).T) < 1e-5
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("inputs", [1, 7, 13, 31, 33, 63, 100, 192, 200, 1000, 1297])
@@ -404,6 +405,7 @@ def plain_layer(arguments, opened):
     return x + (gate * mx.sigmoid(gate) * up) @ opened[3].T, keys, values
 
 
+@pytest.mark.covering(2)
 @needs_kernels
 @pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(0, 0), (4, 64), (4, 32), (8, 64), (3, 64)])
@@ -624,7 +626,7 @@ def divergence(expected: mx.array, got: mx.array) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [pytest.param(n, marks=() if n in (2, 4, 8) else pytest.mark.slow) for n in BITS])
 def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path):
     text = json.loads((FIXTURES / "valid.jsonl").read_text().splitlines()[0])["text"]
     full, tokenizer = load(FOLDER)

@@ -99,6 +99,7 @@ def expected(model: OpenELM, batch: Pairs) -> tuple[dict[str, float], dict[str, 
     return {name: float(np.mean(values)) for name, values in means.items()}, gradients
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
 def test_a_contrastive_loss_against_the_base_equals_brute_force(recompute, dora):

@@ -18,6 +18,7 @@ from mlx_openelm.wording import flag, one_of, size, some
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from package_trees import tree_of
 
 PACKAGE = Path(mlx_openelm.__file__).parent
 
@@ -54,7 +55,7 @@ def _is_constant(node: ast.AST) -> bool:
 
 @functools.cache  # not at import: every process that collects the tests imports this module
 def package_constants() -> dict[str, list[object]]:
-    return {str(path.relative_to(PACKAGE)): constants_of(ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")}
+    return {str(path.relative_to(PACKAGE)): constants_of(tree_of(path)) for path in PACKAGE.rglob("*.py")}
 
 
 @pytest.mark.parametrize("path", [EMBEDDING, LAYERS, NORM, HEAD])

@@ -59,6 +59,7 @@ def test_both_forms_agree_on_rows_at_different_offsets(model, monkeypatch):
     assert mx.abs(plain[1] - alone).max().item() < 1e-4
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_forms_agree_on_quantized_caches(model, monkeypatch, bits):
     def run() -> list[float]:
@@ -78,6 +79,7 @@ def test_a_quantized_cache_stays_close_to_an_exact_one(model):
     assert 0 < mx.abs(model(prompt, cache=quantized) - exact).max().item() < 0.5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("out_dims", "in_dims"), [(5120, 1280), (1280, 5120), (4093, 1100), (40, 200_000), (64, 64)])
 def test_blocked_products_of_a_row_equal_the_plain_product(out_dims, in_dims):
     weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))

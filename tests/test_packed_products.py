@@ -68,6 +68,7 @@ def close(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
     assert np.abs(found - expected).max() < {mx.float32: 1e-5, mx.float16: 0.01, mx.bfloat16: 0.04}[dtype] * scale
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("mode", "bits", "group_size"), PACKINGS)
 def test_products_and_gradients_of_any_packing(
@@ -135,6 +136,7 @@ def test_few_unpacked_weights_are_in_memory_at_once(monkeypatch: pytest.MonkeyPa
         assert peak(12, way) < peak(3, way) + 3 * 4 * 512**2
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("mode", "bits", "group_size"), PACKINGS)
 def test_an_embedding_read_by_columns(gpu: str, mode: str, bits: int, group_size: int) -> None:
     model = tiny_model(model_dim=128, ffn_dim_divisor=128)
@@ -146,6 +148,7 @@ def test_an_embedding_read_by_columns(gpu: str, mode: str, bits: int, group_size
 # Caches.
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize(("head_dim", "group_size"), [(64, 32), (64, 64), (128, 32), (128, 128)])
@@ -213,6 +216,7 @@ def test_metal_multiplies_a_packed_cache_for_single_positions_only(monkeypatch: 
 # The whole model.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", MODES)
 def test_a_packed_model_with_adapters_trains_and_predicts(gpu: str, mode: str) -> None:
     """The backend has a kernel for every product of a model, its adapters and their gradients."""

@@ -19,6 +19,7 @@ from mlx_openelm.training.data.kinds import KINDS
 import mlx.core as mx
 import numpy as np
 import pytest
+from quantization_models import write_tiny
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -239,7 +240,7 @@ def test_reading_a_large_file_is_announced(loaded, tmp_path, monkeypatch, capsys
     perplexity(*loaded, text, sequence_length=64)
     said: list[str] = []
     options = QuantizeOptions(method="gptq", calibration=str(text), sequence_length=64, num_samples=1)
-    quantize(FIXTURES / "shakespeare-hf", tmp_path / "quantized", options, say=said.append, progress=False)
+    quantize(write_tiny(tmp_path / "tiny"), tmp_path / "quantized", options, say=said.append, progress=False)
     assert said == ["Reading text.txt, 2.1 kB"] == capsys.readouterr().err.splitlines()[:1]
     perplexity(*loaded, text, sequence_length=64, progress=False)
     assert "Reading" not in capsys.readouterr().err

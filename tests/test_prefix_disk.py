@@ -79,8 +79,8 @@ def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, ki
     """A memory that holds little, so that almost everything comes from files; a new process now and then."""
     options, reused = KINDS[kind], 0
     tree = start(60_000)
-    for n, (ids, _) in enumerate(requests(5, 40)):
-        if n % 13 == 12:
+    for n, (ids, _) in enumerate(requests(5, 26)):
+        if n % 9 == 8:
             tree.save()
             tree = start(60_000)
         reused += check(model, tree, ids, options)
@@ -88,7 +88,7 @@ def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, ki
         process(model, ids, cache, 8)
         tree.insert(ids, cache)
         assert tree.nbytes == contents(tree) <= 60_000
-    assert reused > 200
+    assert reused > 80
 
 
 def test_what_memory_drops_is_written_and_read_again(model: Any, start: Any, tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_files_that_contradict_themselves_are_of_no_use(
     layers, notes = prefix_file.read(path)
     prefix_file.write(path, layers, {**notes, **change})
     tree = start()
-    for options in KINDS.values():
-        assert check(model, tree, [*ids, 5], options) == 0
+    for name in ("growing", "8 bits", "sliding"):
+        assert check(model, tree, [*ids, 5], KINDS[name]) == 0
 
 
 def test_a_note_that_was_changed_is_damage(model: Any, start: Any, tmp_path: Path) -> None:

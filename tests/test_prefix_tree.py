@@ -92,7 +92,7 @@ def test_random_requests_give_the_logits_of_plain_prefill(model: Any, kind: str,
     options, tree, reused = KINDS[kind], PrefixTree(model, budget), 0
     # A difference in rounding can move a value to the next step of a quantized cache.
     tolerance = {"8 bits": 0.05, "4 bits": 1.0}.get(kind, 1e-4)
-    for ids, count in requests(7, 60):
+    for ids, count in requests(7, 30):
         ids = list(ids)
         cache, length = tree.fetch(ids, options)
         assert {int(layer.offset) for layer in cache} == {length} and length < len(ids)
@@ -107,7 +107,7 @@ def test_random_requests_give_the_logits_of_plain_prefill(model: Any, kind: str,
                 logits, expected = process(model, ids[-1:], cache), process(model, ids[-1:], plain)
         tree.insert(ids, cache)
         assert tree.nbytes == contents(tree) <= budget
-    assert reused > {MUCH: 500, 100_000: 50}.get(budget, -1)
+    assert reused > {MUCH: 150, 100_000: 20}.get(budget, -1)
 
 
 def test_every_length_of_a_held_prefix_is_found(model: Any) -> None:

@@ -70,6 +70,7 @@ PENALTIES = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.usefixtures("no_warnings")
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("form", [list, mx.array, np.array], ids=["list", "mlx", "numpy"])

@@ -12,7 +12,7 @@ from mlx_openelm.quantization.recipes import planner
 
 import pytest
 from in_process import run_here
-from quantization_models import FIXTURES, measure_few_choices, write_tiny
+from quantization_models import FIXTURES, measure_few_choices, search_little, write_tiny
 
 LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length", 32)
 
@@ -20,6 +20,9 @@ LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length"
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in `folder`, which has a model and a text."""
     return run_here(*args, folder=folder)
+
+
+little_search = pytest.fixture(scope="module", autouse=True)(search_little)
 
 
 @pytest.fixture(scope="module")

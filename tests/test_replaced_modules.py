@@ -89,6 +89,7 @@ CHANGES: dict[str, Callable[[OpenELM], nn.Module]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("length", [1, 3, 40])
 @pytest.mark.parametrize("name", CHANGES)

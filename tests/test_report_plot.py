@@ -59,7 +59,14 @@ def test_title_axes_and_the_arrow() -> None:
     assert better.xy[0] < better.get_position()[0] and better.xy[1] < better.get_position()[1]
 
 
-@pytest.mark.parametrize("this", [None, (4.5, 0.05), (4.5, 0.0798), (8.6, 0.0003), (2.4, 1.8)])
+@pytest.mark.parametrize(
+    "this",
+    [
+        (4.5, 0.0798),
+        (8.6, 0.0003),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in (None, (4.5, 0.05), (2.4, 1.8))),
+    ],
+)
 def test_labels_cover_neither_each_other_nor_points_nor_the_frame(this: tuple[float, float] | None) -> None:
     picture = figure(rows(**({} if this is None else {THIS: this})), "title")
     axes, renderer = picture.axes[0], picture.canvas.get_renderer()
@@ -99,7 +106,13 @@ def test_rows_outside_of_the_plot_are_left_out() -> None:
     assert set(labels(figure(few, "title"))) == {"mxfp4"}
 
 
-@pytest.mark.parametrize("ending,head", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    "ending,head",
+    [
+        ("png", b"\x89PNG"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("svg", b"<?xml"), ("pdf", b"%PDF"))),
+    ],
+)
 def test_a_picture_is_written(ending: str, head: bytes, tmp_path: Path) -> None:
     path = tmp_path / f"report.{ending}"
     draw(rows(), path, "title")

@@ -107,6 +107,7 @@ def check(model: OpenELM, kinds: list[Make], count: int, exact: bool = True) -> 
                 np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-3)
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("count", [1, 2, 11, 12, 16, 33])
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,6 +115,7 @@ def test_rows_equal_lone_steps(kind: str, count: int) -> None:
     check(packed(a_model(), 4, rounds=True), KINDS[kind], count)
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("count", [2, 16, 33])
 @pytest.mark.parametrize("name", MODELS)
@@ -133,12 +135,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_kernels_rows_equal_lone_steps_to_within_rounding(kind: str, count: int, form: str) -> None:
     check(a_model(), KINDS[kind], count, exact=False)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_positions_of_a_sequence_equal_single_steps(kind: str, form: str) -> None:
     """As for checking drafted tokens; a full sliding cache overwrites positions within the step."""
@@ -159,6 +163,7 @@ def test_several_positions_of_a_sequence_equal_single_steps(kind: str, form: str
                     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-3)
 
 
+@pytest.mark.covering
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def each_row(rule, logprobs, *args):
     return np.array([rule(row, *args) for row in logprobs])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("spread", [0.3, 2.5, 8.0])
 def test_filters_keep_the_same_tokens_as_brute_force(seed, spread):

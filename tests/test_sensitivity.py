@@ -73,6 +73,7 @@ def test_every_choice_of_every_matrix_has_a_cost(measured, model):
             assert costs[0] > costs[1] > costs[2]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     "path",

@@ -239,6 +239,7 @@ def test_other_tokenizers_are_skipped(hub: FakeHub, tmp_path: Path, right: Ident
     assert tokenizer.encode(TEXT, add_bos=False) == [int(number) for number in right.ids[TEXT].split()]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stop", ["network", "offline", 503, 429])
 @pytest.mark.parametrize(
     "repo",

@@ -120,6 +120,7 @@ def replace(path: Path) -> None:
     copy.replace(path)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("change", [append, touch, replace, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model"])
 def test_a_source_that_changes_while_it_is_converted(small: Path, change: Callable[[Path], None], name: str) -> None:

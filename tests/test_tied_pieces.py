@@ -160,6 +160,7 @@ def older_merges(model: SentencePieceModel, *, by_length: bool) -> list[str]:
     return [f"{left} {right}" for left, right, _ in merges]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("source", ["model", "json", pytest.param("by length", marks=pytest.mark.slow), "by ids"])
 def test_gguf_round_trip(folder, saved, processor, texts, tmp_path, source) -> None:
     def edit(spec: Any) -> None:

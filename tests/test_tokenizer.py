@@ -252,6 +252,7 @@ def test_transformers_and_mlx_lm_read_the_same_ids(saved):
         assert theirs[0].decode(ids, skip_special_tokens=True) == from_model.decode(ids)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("adds_space", [True, False])
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("files", ["tokenizer.model", "tokenizer.json", "both"])
@@ -533,7 +534,7 @@ MIXED = st.lists(
 
 @pytest.mark.parametrize("first_only", [False, True])
 @given(words=MIXED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(first_only, words):
     tiny = Tokenizer.from_folder(catalog.TINY_FOLDER)
     engine = tokenizers_engine.TokenizersEngine(replace(tiny.spec, first_only=first_only), catalog.TINY_FOLDER)

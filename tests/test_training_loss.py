@@ -40,6 +40,7 @@ def example(model: OpenELM, rows: int = ROWS, seed: int = 0) -> tuple[mx.array, 
     return hidden, mx.where(mx.random.uniform(shape=(rows,), key=keys[2]) < 0.2, IGNORED, targets)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.0), (0.0, 0.1), (1e-2, 0.1)])
 def test_value_and_gradients_equal_the_plain_loss(model, trained, z_loss, smoothing):

@@ -122,6 +122,7 @@ METHODS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
 def test_gradients_equal_the_plain_models(model, method, recompute):

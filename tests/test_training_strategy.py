@@ -93,6 +93,7 @@ def ours(model: OpenELM, batch: Batch, recompute: str) -> tuple[float, dict[str,
 
 
 # Whole tiles, less than one, more than one; one example per row, and several.
+@pytest.mark.covering
 @pytest.mark.parametrize(("length", "examples"), [(128, 1), (40, 1), (200, 1), (128, 3), (200, 3), (1, 1)])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
 def test_gradients_equal_the_plain_models(model, monkeypatch, request, length, examples, recompute):

@@ -63,16 +63,26 @@ def environment(pictures: bool = False) -> dict[str, str]:
     return processes.environment(*([] if pictures else [BLANK_PICTURES]), COLUMNS="160")
 
 
-def command(*args: object, python: tuple[str, ...] = (sys.executable,), name: str = "lora") -> list[str]:
-    return [*python, "-m", "mlx_openelm", name, *map(str, args)]
+PROGRAM = ("-m", "mlx_openelm")
+
+
+def command(
+    *args: object, python: tuple[str, ...] = (sys.executable,), start: tuple[str, ...] = PROGRAM, name: str = "lora"
+) -> list[str]:
+    return [*python, *start, name, *map(str, args)]
 
 
 def run(
-    *args: object, folder: Path, timeout: float = 120, name: str = "lora", pictures: bool = False
+    *args: object,
+    folder: Path,
+    timeout: float = 120,
+    start: tuple[str, ...] = PROGRAM,
+    name: str = "lora",
+    pictures: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """`mlx-openelm lora`, or the command `name`, in `folder`."""
     return subprocess.run(
-        command(*args, name=name),
+        command(*args, start=start, name=name),
         capture_output=True,
         text=True,
         env=environment(pictures),
@@ -81,10 +91,12 @@ def run(
     )
 
 
-def kill_after(lines: int, delay: float, *args: object, folder: Path, name: str = "lora") -> str:
+def kill_after(
+    lines: int, delay: float, *args: object, folder: Path, start: tuple[str, ...] = PROGRAM, name: str = "lora"
+) -> str:
     """Run `mlx-openelm lora` (or `name`) and kill it `delay` seconds after `lines` lines of progress; its output."""
-    process = subprocess.Popen(command(*args, name=name), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=environment(), cwd=folder)  # fmt: skip
+    process = subprocess.Popen(command(*args, start=start, name=name), stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, env=environment(), cwd=folder)  # fmt: skip
     assert process.stderr is not None
     printed = []
     while lines and (line := process.stderr.readline()):
