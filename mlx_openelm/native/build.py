@@ -64,8 +64,8 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         f"-isystem{nanobind / 'ext' / 'robin_map' / 'include'}",
         *flags,
     ]
-    # Products first: they take as long as all the others together.
-    sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: (source.stem != "products", source))
+    # Those that take longest first.
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: (not source.stem.startswith("packed"), source))
     sources.append(nanobind / "src" / "nb_combined.cpp")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
