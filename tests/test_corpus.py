@@ -711,7 +711,7 @@ def test_closed_data_leaves_no_pipes(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
     write_lines(tmp_path / "a.jsonl", texts(400))
     # No `if __name__ == "__main__"`: workers do not run the script again.

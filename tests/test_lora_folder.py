@@ -209,6 +209,7 @@ def test_the_guide_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str])
     assert "my_model-bf16 " in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_guide_to_preferences_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(clone / "lora" / "preferences", "my_pairs")
     for command in ours(PREFERENCES):

@@ -165,7 +165,7 @@ def test_invalid_files_are_refused(edited, capfd, change, message) -> None:
         Tokenizer.from_folder(folder)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10  # it is a tenth of a second on a quiet machine
     assert capfd.readouterr() == ("", "")  # a panic in Rust writes to stderr
 
 

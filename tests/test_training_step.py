@@ -553,7 +553,7 @@ def test_recomputing_saves_memory(wide):
     assert peak(wide, batch, recompute=LAYERS) < 0.9 * peak(wide, batch)
 
 
-@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+@pytest.mark.parametrize("recompute", [pytest.param(NOTHING, marks=pytest.mark.slow), PARTS, LAYERS])
 def test_what_is_kept_for_the_backward_pass(wide, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
     width = 2 * 512 * 4  # bytes of a value per position

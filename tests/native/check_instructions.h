@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "checking.h"
-#include "rows.h"
+#include "packed_rows.h"
 
 namespace {
 

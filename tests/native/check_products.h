@@ -4,7 +4,7 @@
 
 #include "check_instructions.h"
 #include "matmul.h"
-#include "rows.h"
+#include "packed_rows.h"
 
 namespace {
 
