@@ -99,6 +99,7 @@ def test_second_moments_follow_gradients_that_shrink():
     assert state["step"].item() == 1000 and state["w"]["v"].dtype == mx.bfloat16
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("options", [ADAMW, replace(ADAMW, optimizer="adam", weight_decay=None, bias_correction=False)])
 def test_a_first_update_is_that_of_float32(options):
     """The same gradients, so the same masters; moments differ by their rounding."""

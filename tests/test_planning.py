@@ -25,6 +25,8 @@ SHAPES = [
     pytest.param(([3, 512, 32000], "dora", 2, 256, False), marks=pytest.mark.slow),
     ([3, 192, 16000], "lora", 1, 512, False),
     ([6, 192, 2048], "last", 4, 256, False),
+    ([6, 192, 2048], "compact", 2, 128, False),
+    pytest.param(([3, 1024, 2048], "compact", 2, 128, False), marks=pytest.mark.slow),
     ([6, 192, 8000], "lora", 1, 24, False),
 ]
 LARGE = [("270M", "lora", 2, 512, False), ("270M", "lora", 2, 512, True), ("270M", "full", 1, 256, False)]
@@ -52,10 +54,14 @@ else:
         "max_context_length": 2048, "rope_max_length": 4096, "share_input_output_layers": True})
 model = OpenELM(config)
 layers = 1 if method == "last" else -1
-attach_new(model, rank=8, dora=method == "dora", num_layers=layers) if method != "full" else model.unfreeze()
+is_full, is_compact = method in ("full", "compact"), method == "compact"
+attach_new(model, rank=8, dora=method == "dora", num_layers=layers) if not is_full else model.unfreeze()
+if is_compact:
+    model.set_dtype(mx.bfloat16)
 options = TrainOptions(grad_checkpoint=grad_checkpoint)
-updater = Updater(model, make_optimizer(options), recompute="layers" if grad_checkpoint else "parts")
-mx.eval(model.parameters(), updater.state())
+updater = Updater(model, make_optimizer(options), recompute="layers" if grad_checkpoint else "parts",
+                  compute_dtype=mx.bfloat16 if is_compact else None, is_compact=is_compact)
+mx.eval(model.parameters(), updater.held())
 planned = planning.plan(updater, options, (rows, length)).memory.peak
 tokens = mx.random.randint(3, 1000, (rows, length + 1))
 batch = Batch(tokens[:, :-1], tokens[:, 1:], None, tuple(range(rows)), rows * length, rows * length)
@@ -63,7 +69,7 @@ for step in range(2):
     mx.clear_cache()
     mx.reset_peak_memory()
     update = updater.update([batch], batch.num_targets, 1e-5, step)
-    mx.eval([update.loss, update.objective, update.grad_norm], updater.state())
+    mx.eval([update.loss, update.objective, update.grad_norm], updater.held())
 print(json.dumps([planned, mx.get_peak_memory()]))
 """
 

@@ -232,5 +232,7 @@ def estimate(
     step = held + _UPDATE_SHARE * updated if shape.fused else max(held, gradients + updated)
     added = masters if accumulates else 0
     copies = gradients if casts and not is_compact else 0
+    if is_compact:
+        step = max(step, masters)  # they are saved in float32
     peak = model_bytes + copies + optimizer_bytes + added + step
     return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))
