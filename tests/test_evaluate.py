@@ -260,9 +260,9 @@ class TestData:
         table.write_text("context,endings\n[note] a,\"['one', 'two']\"\n[note],\"['three' 'four']\"\n")
         with data.local_first(tmp_path), pytest.raises(RequestError, match="lists in the column 'endings', which CSV"):
             datasets.load_dataset("owner/listed")
-        table.write_text("context,endings\n[note],\n[note] a,\n")
+        table.write_text("context,endings\n[note],\n[1] see [2],\n{x},\n")
         with data.local_first(tmp_path):
-            assert datasets.load_dataset("owner/listed")["train"].num_rows == 2
+            assert datasets.load_dataset("owner/listed")["train"].num_rows == 3
 
     def test_what_is_not_in_a_folder_comes_from_the_hub(self, hub, tmp_path):
         hub_datasets.make(tmp_path / "sets", mmlu=False)

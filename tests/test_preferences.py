@@ -75,6 +75,7 @@ def test_messages_beside_the_answers_are_the_prompt():
         {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"messages": [USER], **ANSWERS},
         {"prompt": None, "conversations": [USER], "messages": None, **ANSWERS},
+        {"prompt": "", "conversations": [USER], "messages": [USER], **ANSWERS},
     ):  # fmt: skip
         found = read_one(values)
         assert (found.prompt, found.completions, found.is_cut) == ([USER], ([GOOD], [BAD]), False)
@@ -139,13 +140,15 @@ def test_labeled_conversations_for_kto():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label; messages, "),
+        ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label; "),
         ({"messages": [USER, GOOD], "label": 2}, "'label' must be true or false, got 2"),
         ({"messages": [USER], "label": True}, "The last message must be the assistant's"),
         ({"messages": [], "label": True}, "The last message must be the assistant's"),
         ({"messages": "A", "label": True}, "A conversation must be a list of messages"),
         ({"conversations": [GOOD], "label": True}, "an answer needs the messages before it"),
-        ({"messages": [USER, GOOD], "label": True}, "labeled conversations (messages, label), which loss_type kto"),
+        ({"messages": [USER, GOOD], "label": True}, "labeled messages (messages, label), which loss_type kto"),
+        ({"messages": [USER], "conversations": [OTHER], **ANSWERS}, "and 'messages' have different messages"),
+        ({"prompt": "A", "chosen": {"from": "human", "value": "b"}, "rejected": GOOD}, "'chosen' must be the assi"),
         ({"messages": [USER, GOOD]}, "it has 'messages'"),
         ({"chosen": 1, "rejected": "b"}, "'chosen' is a number, not text or messages"),
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' is an object, not text or messages"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import io
@@ -136,10 +137,23 @@ def _refuse_lists(file: Path, rows: Any) -> None:
     """
     for name in rows.column_names:
         cells = [str(cell).strip() for cell in rows[name] if cell is not None]
-        if cells and all(cell[:1] + cell[-1:] in ("[]", "{}") for cell in cells):
+        if cells and all(map(_is_list, cells)):
             raise RequestError(
                 f"{file} has lists in the column {quote(name)}, which CSV cannot hold; give JSON Lines or Parquet."
             )
+
+
+def _is_list(cell: str) -> bool:
+    """Whether a text is a list or an object as Python, JSON or NumPy writes it, and not a text in brackets."""
+    if cell[:1] + cell[-1:] not in ("[]", "{}"):
+        return False
+    if cell[1:].lstrip()[:1] in ("'", '"'):
+        return True  # NumPy writes no commas
+    try:
+        ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -76,8 +76,7 @@ LABELED = Kind(
     "labeled completions", ("prompt", "completion", "label"), BESIDE_TURNS, BESIDE_PROMPTS, fault=_fault_in_labeled
 )
 LABELED_CHATS = [
-    Kind("labeled conversations", (key, "label"), BESIDE_TURNS, OF_TEMPLATES, fault=_fault_in_labeled_chat)
-    for key in ("messages", "conversations")
+    Kind(f"labeled {key}", (key, "label"), BESIDE_TURNS, OF_TEMPLATES, fault=_fault_in_labeled_chat) for key in _BEFORE
 ]
 PREFERENCE_KINDS = (PAIRS, LABELED, *LABELED_CHATS)
 
@@ -119,6 +118,9 @@ def _fault(values: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     if len(are_texts) > 1:
         return "one of 'chosen' and 'rejected' is text and the other holds messages"
     try:
+        for key in keys:
+            if isinstance(values[key], Mapping) and read_turns([values[key]])[0].get("role") != "assistant":
+                return f"{quote(key)} must be the assistant's message"
         found = _pair(values, "") if len(keys) > 1 else _labeled(values, "")
     except RequestError as error:
         return str(error)
@@ -155,25 +157,23 @@ def _given_prompt(values: dict[str, Any], is_whole: bool) -> Content | None:
     Args:
         is_whole: whether the answers are whole conversations, which have their prompt.
     """
-    if values.get("prompt") is not None:
-        return _content(values["prompt"])
-    if is_whole:
-        return None
+    given = None if values.get("prompt") is None else _content(values["prompt"])
+    if given or is_whole:
+        return given
     for key in ("question", *_PARTS):
         if not isinstance(values.get(key), str | None):
             raise RequestError(f"{quote(key)} is {TYPES.get(type(values[key]), 'no text')}, not text")
     question, instruction = values.get("question"), instruction_of(values)
     if question and instruction:
         raise RequestError("'question' stands beside an 'instruction' or 'input'; give what is asked as 'prompt'")
-    return question or instruction or _messages_before(values)
+    return question or instruction or _messages_before(values) or given
 
 
 def _messages_before(values: dict[str, Any]) -> Content | None:
     """The messages that a record has beside its answers; None if it has none."""
-    key = next((key for key in _BEFORE if values.get(key)), None)
+    key, turns = _messages(values)
     if key is None:
         return None
-    turns = read_turns(values[key])
     if turns[-1].get("role") == "assistant":
         raise RequestError(f"{quote(key)} ends with an answer; give what 'chosen' and 'rejected' answer as 'prompt'")
     return turns
@@ -190,7 +190,7 @@ def _labeled_chat(values: dict[str, Any], source: str) -> Preference:
     Raises:
         RequestError: it does not end with one, or cannot be read.
     """
-    turns = read_turns(values["conversations"] if values.get("messages") is None else values["messages"])
+    turns = _messages(values)[1]
     if not turns or turns[-1].get("role") != "assistant":
         raise RequestError("The last message must be the assistant's")
     found = _preference(values, turns[:-1], (turns[-1:],), source)
@@ -214,6 +214,21 @@ def _alike(prompt: Content, completions: tuple[Content, ...]) -> tuple[Content, 
         [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         for completion in completions
     )
+
+
+def _messages(values: dict[str, Any]) -> tuple[str | None, list[Any]]:
+    """The messages of a record, and their key; None if it has none.
+
+    Raises:
+        RequestError: they cannot be read, or differ from those under the other key.
+    """
+    keys = [key for key in _BEFORE if values.get(key)]
+    if not keys:
+        return None, []
+    turns, *others = (read_turns(values[key]) for key in keys)
+    if any(other != turns for other in others):
+        raise RequestError(f"{' and '.join(map(quote, keys))} have different messages; keep one of them")
+    return keys[0], turns
 
 
 def _content(value: Any) -> Content:

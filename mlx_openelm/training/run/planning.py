@@ -24,6 +24,8 @@ from .activations import Shape
 
 # While weights are updated, new and old ones exist at the same time: this many times the bytes evaluated together.
 _UPDATE_FACTOR = 1.25
+# With a compact state, including temporary arrays of several weights.
+_COMPACT_UPDATE_FACTOR = 1.5
 # On CUDA a step's update begins before the last of its gradients is computed: this share of weights and optimizer state
 # is held in addition to everything else (measured as in `activations`).
 _UPDATE_SHARE = 0.5
@@ -227,8 +229,8 @@ def estimate(
     updated = min(masters + optimizer_bytes, _UPDATE_FACTOR * here().settled_bytes)
     if is_compact:
         largest = max(trained.values(), default=0) * 2  # with its moments
-        groups = compact.settled_bytes() + compact.TEMPORARY * largest
-        updated = min(_UPDATE_FACTOR * (masters + optimizer_bytes), groups)
+        groups = _UPDATE_FACTOR * compact.settled_bytes() + compact.TEMPORARY * largest
+        updated = min(_COMPACT_UPDATE_FACTOR * (masters + optimizer_bytes), groups)
     step = held + _UPDATE_SHARE * updated if shape.fused else max(held, gradients + updated)
     added = masters if accumulates else 0
     copies = gradients if casts and not is_compact else 0

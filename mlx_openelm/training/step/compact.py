@@ -50,8 +50,8 @@ def is_wanted(options: TrainOptions, compute_dtype: mx.Dtype | None) -> bool:
 
 
 def supports(optimizer: optim.Optimizer, compute_dtype: mx.Dtype | None) -> bool:
-    """Whether an optimizer's state can be held this way: Adam's and AdamW's, with a forward pass in bfloat16."""
-    return type(optimizer) in (optim.Adam, optim.AdamW, AdamW) and _is_bfloat16(compute_dtype)
+    """Whether an optimizer's state can be held this way: Adam's and our AdamW's, with a forward pass in bfloat16."""
+    return type(optimizer) in (optim.Adam, AdamW) and _is_bfloat16(compute_dtype)
 
 
 def _is_bfloat16(dtype: mx.Dtype | None) -> bool:
@@ -86,7 +86,7 @@ def update(
     """One update of weights in two parts: new ones, and the optimizer's new state.
 
     Args:
-        optimizer: MLX's Adam or AdamW, or ours, whose settings count.
+        optimizer: MLX's Adam or our AdamW, whose settings count.
         state: the optimizer's, with moments in bfloat16.
         factor: the gradients are multiplied by it.
         rate: the learning rate.
