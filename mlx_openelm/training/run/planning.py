@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -96,6 +95,24 @@ class Plan:
         return line
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What the memory of a run depends on, beside its model and what it trains.
+
+    Args:
+        rows, length: the shape of the largest batch.
+        recompute: as in `forward.hidden_states`, or AUTO.
+        accumulates: whether the gradients of several micro-batches are added up.
+        is_compact: whether the optimizer's state is as in `compact`.
+    """
+
+    rows: int
+    length: int
+    recompute: str
+    accumulates: bool
+    is_compact: bool
+
+
 def _room(memory: Memory) -> float:
     """The bytes that a run may take, including its model, which is already loaded; infinity if unknown."""
     free = available_memory()
@@ -114,65 +131,57 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int], furthe
         further: as `Method.further_memory` gives it.
     """
 
-    def memory_of(rows: int, length: int, recompute: str, accumulates: bool, is_compact: bool) -> Memory:
-        return _estimate_run(updater, rows, length, recompute, accumulates, is_compact).beside(*further)
+    def memory_of(setting: _Setting) -> Memory:
+        return _estimate_run(updater, setting).beside(*further)
 
     rows, length = shape
-    accumulates = options.grad_accumulation_steps > 1
-    recompute = options.recomputed
-    if recompute == AUTO:
-        least = partial(memory_of, rows, length, accumulates=accumulates, is_compact=updater.is_compact)
-        recompute = _choose_recomputed(least)
-    memory = memory_of(rows, length, recompute, accumulates, updater.is_compact)
-    settings = _smaller_settings(options, updater, rows, length, recompute)
-    alternatives = [(flags, memory_of(*smaller)) for flags, smaller in settings]
-    return Plan(recompute, memory, tuple(found for found in alternatives if found[1].peak < memory.peak))
+    setting = _Setting(rows, length, options.recomputed, options.grad_accumulation_steps > 1, updater.is_compact)
+    if setting.recompute == AUTO:
+        level = _choose_recomputed(lambda level: memory_of(replace(setting, recompute=level)))
+        setting = replace(setting, recompute=level)
+    memory = memory_of(setting)
+    smaller = [(flags, memory_of(other)) for flags, other in _smaller_settings(options, updater, setting)]
+    return Plan(setting.recompute, memory, tuple(found for found in smaller if found[1].peak < memory.peak))
 
 
-def _choose_recomputed(memory_of: Callable[..., Memory]) -> str:
+def _choose_recomputed(memory_of: Callable[[str], Memory]) -> str:
     """The least recomputation with which a run fits into the free memory; elsewhere than on CUDA always the parts."""
     if not here().chooses:
         return PARTS
     # If neither fits by the estimate, LAYERS needs least, and may still work: the estimate includes what MLX holds
     # because it works ahead, which it does less when memory is short.
-    levels = ((level, memory_of(recompute=level)) for level in (NOTHING, PARTS))
+    levels = ((level, memory_of(level)) for level in (NOTHING, PARTS))
     return next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
 
 
-def _smaller_settings(
-    options: TrainOptions, updater: Updater, rows: int, length: int, recompute: str
-) -> Iterator[tuple[str, tuple[int, int, str, bool, bool]]]:
-    """Flags with which a run needs less memory, and what they mean.
-
-    That is, in the order of `_estimate_run`'s arguments: rows, length, recompute, accumulates, is_compact.
-    """
-    accumulates, is_compact = options.grad_accumulation_steps > 1, updater.is_compact
+def _smaller_settings(options: TrainOptions, updater: Updater, setting: _Setting) -> Iterator[tuple[str, _Setting]]:
+    """Flags with which a run needs less memory than with `setting`, and what they mean."""
     flags = []
     compute_dtype = updater.compute_dtype if updater.casts else None
-    if not is_compact and compact.supports(updater.optimizer, compute_dtype):
+    if not setting.is_compact and compact.supports(updater.optimizer, compute_dtype):
         flags.append("--optimizer-dtype bfloat16")
-        is_compact = True
-        yield flags[0], (rows, length, recompute, accumulates, True)
-    if recompute != LAYERS:
+        setting = replace(setting, is_compact=True)
+        yield flags[0], setting
+    if setting.recompute != LAYERS:
         flags.append("--grad-checkpoint")
-        yield " ".join(flags), (rows, length, LAYERS, accumulates, is_compact)
+        setting = replace(setting, recompute=LAYERS)
+        yield " ".join(flags), setting
+    rows, length = setting.rows, setting.length
     smaller = rows // 2
     while smaller * options.batch_size >= rows:  # at least one example, which may take several rows
         # Accumulated, so that an update still learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
-        yield " ".join([*flags, split]), (smaller, length, LAYERS, True, is_compact)
+        yield " ".join([*flags, split]), replace(setting, rows=smaller, accumulates=True)
         smaller //= 2
     if length > 512:
         name = options.length_option
         short = f"{flag(name)} {min(length, getattr(options, name)) // 2}"
-        yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates, is_compact)
+        yield " ".join([*flags, short]), replace(setting, length=length // 2)
 
 
-def _estimate_run(
-    updater: Updater, rows: int, length: int, recompute: str, accumulates: bool, is_compact: bool
-) -> Memory:
-    """`estimate` for an updater, with batches of [rows, length], and its own or a compact state."""
+def _estimate_run(updater: Updater, setting: _Setting) -> Memory:
+    """`estimate` for an updater, with its own or a compact state."""
     model = updater.model
     sizes = {name: value.nbytes for name, value in updater.state().items()}
     trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
@@ -181,16 +190,17 @@ def _estimate_run(
     model_bytes = sum(value.nbytes for _, value in parameters)
     if updater.is_compact:  # the model has half of each trained weight
         model_bytes += sum(trained.values()) // 2
-    fused = fuses_attention_gradient(updater.compute_dtype, model.config.head_dim)
+    dtype = updater.compute_dtype
+    fused, dropout = fuses_attention_gradient(dtype, model.config.head_dim), bool(dropout_layers(model))
     return estimate(
         model.config,
-        Shape(rows, length, updater.compute_dtype.size, recompute, fused, bool(dropout_layers(model))),
+        Shape(setting.rows, setting.length, dtype.size, setting.recompute, fused, dropout),
         model_bytes=model_bytes,
-        optimizer_bytes=moments // 2 if is_compact and not updater.is_compact else moments,
+        optimizer_bytes=moments // 2 if setting.is_compact and not updater.is_compact else moments,
         trained=trained,
         casts=updater.casts,
-        is_compact=is_compact,
-        accumulates=accumulates,
+        is_compact=setting.is_compact,
+        accumulates=setting.accumulates,
     )
 
 

@@ -174,8 +174,9 @@ class Updater:
         for name, value, copy in zip(self._names, self._values(), self._copies, strict=True):
             # A weight that is not cast is its own copy, and counts once.
             by_parameter.setdefault(name, []).extend([value] if copy is value else [value, copy])
-        for name, low in zip(self._names, self._low, strict=False):
-            by_parameter[name].append(low)
+        if self.is_compact:
+            for name, low in zip(self._names, self._low, strict=True):
+                by_parameter[name].append(low)
         group: list[mx.array] = []
         size = 0
         for arrays in by_parameter.values():

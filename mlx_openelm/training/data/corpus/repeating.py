@@ -30,6 +30,7 @@ class RepeatedChunks:
         self._repeated = [_Repeated(stream) for stream in streams]
 
     def take(self, stream: int) -> Chunk:
+        """The next chunk of a stream; raises what taking it from the stream itself does."""
         repeated = self._repeated[stream]
         if repeated.chunks is not None:
             return next(repeated.chunks)
