@@ -68,7 +68,7 @@ def turn():
     generate(model, tokenizer, "To be", max_tokens=4, temp=1.0, repetition_penalty=1.1)
     OpenELM(model.config)
 """
-    assert growth(setup, 8, 20, tmp_path / "packed", ADAPTER) < 2
+    assert growth(setup, 10, 30, tmp_path / "packed", ADAPTER) < 2
 
 
 def test_loading_leaves_global_randomness_alone(tmp_path: Path) -> None:
