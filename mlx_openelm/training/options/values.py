@@ -6,6 +6,7 @@ import sys
 import types
 import typing
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from ...errors import RequestError, quote
@@ -83,6 +84,7 @@ _POSITIVE = (
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
 
+@cache  # evaluating a hundred annotations takes milliseconds, each time that options are made
 def field_types(options: type) -> dict[str, Any]:
     """The type of every field, by name."""
     hints = typing.get_type_hints(options)
