@@ -218,16 +218,19 @@ def test_what_does_not_go_together_is_refused(options, message):
         options.check()
 
 
-def test_a_model_in_float32_is_refused():
-    assert not compact.is_wanted(TrainOptions(), None)
-    with pytest.raises(OpenELMError, match="needs a model in bfloat16; give dtype bfloat16"):
-        compact.is_wanted(TrainOptions(optimizer_dtype=BFLOAT16), None)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_another_type_of_the_model_is_refused(dtype):
+    compact.check_dtype(TrainOptions(), dtype)
+    for fitting in (BFLOAT16, None):
+        compact.check_dtype(TrainOptions(optimizer_dtype=BFLOAT16), fitting)
+    with pytest.raises(OpenELMError, match=f"optimizer_dtype bfloat16 needs dtype bfloat16, not {dtype}"):
+        compact.check_dtype(TrainOptions(optimizer_dtype=BFLOAT16), dtype)
 
 
 def test_the_command_trains_and_resumes(tmp_path: Path):
     write_run_folder(tmp_path)
     words = ["--model", "model", "--data", "data", "--fine-tune-type", "full", "--batch-size", 2, "--val-batches", 0]
-    words += ["--train", "--dtype", "bfloat16", "--optimizer-dtype", "bfloat16", "--learning-rate", 1e-3]
+    words += ["--train", "--optimizer-dtype", "bfloat16", "--learning-rate", 1e-3]
     words += ["--steps-per-report", 1]
     for folder, steps in (("whole", 4), ("part", 2)):
         done = run(*words, "--iters", steps, "--adapter-path", folder, folder=tmp_path)
@@ -243,4 +246,5 @@ def test_the_command_trains_and_resumes(tmp_path: Path):
     assert {value.dtype for value in weights[0].values()} == {mx.float32}
     assert all(mx.array_equal(weights[1][name], value).item() for name, value in weights[0].items())
     done = run(*words, "--dtype", "float32", "--iters", 1, "--adapter-path", "c", folder=tmp_path)
-    assert done.returncode != 0 and "--optimizer-dtype bfloat16 needs a model in bfloat16" in done.stderr
+    assert done.returncode != 0 and "--optimizer-dtype bfloat16 needs --dtype bfloat16, not float32" in done.stderr
+    assert not (tmp_path / "c").exists()

@@ -257,7 +257,7 @@ def _make_updater(request: Request, model: OpenELM, objective: Objective) -> Upd
         make_optimizer(options),
         objective=objective,
         compute_dtype=compute_dtype,
-        is_compact=compact.is_wanted(options, compute_dtype),
+        is_compact=compact.is_wanted(options),
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         group=request.processes.group,

@@ -216,7 +216,8 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
 
 def _make_updater(request: Request, origin: Start) -> Updater:
     options = request.options
-    dtype = dtype_for(request.loading.dtype, origin.model.config) or backend.compute_dtype(mx.float32)
+    default = mx.bfloat16 if compact.is_wanted(options) else backend.compute_dtype(mx.float32)
+    dtype = dtype_for(request.loading.dtype, origin.model.config) or default
     objective: Objective = CrossEntropy(z_loss=options.z_loss, label_smoothing=options.label_smoothing)
     if options.mode == CORENET:
         objective = CoreNetCrossEntropy(options.z_loss)
@@ -226,7 +227,7 @@ def _make_updater(request: Request, origin: Start) -> Updater:
         make_optimizer(options, embedding_learning_rate=options.embedding_learning_rate, ema_decay=options.ema_decay),
         objective=objective,
         compute_dtype=compute_dtype,
-        is_compact=compact.is_wanted(options, compute_dtype),
+        is_compact=compact.is_wanted(options),
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         group=request.processes.group,

@@ -6,7 +6,6 @@ import sys
 import types
 import typing
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 from ...errors import RequestError, quote
@@ -84,11 +83,16 @@ _POSITIVE = (
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
 
-@cache  # evaluating a hundred annotations takes milliseconds, each time that options are made
+# By class: evaluating a hundred annotations takes milliseconds, each time that options are made or checked.
+_field_types: dict[type, dict[str, Any]] = {}
+
+
 def field_types(options: type) -> dict[str, Any]:
     """The type of every field, by name."""
-    hints = typing.get_type_hints(options)
-    return {field.name: hints[field.name] for field in fields(options)}
+    if options not in _field_types:
+        hints = typing.get_type_hints(options)
+        _field_types[options] = {field.name: hints[field.name] for field in fields(options)}
+    return _field_types[options]
 
 
 def conform(kind: Any, value: Any) -> Any:

@@ -28,6 +28,7 @@ from ..data.kinds import KINDS, Kind, Record
 from ..data.prompts import Prompts
 from ..data.read import Splits, read_splits
 from ..options import FineTuneOptions, TrainOptions
+from ..step import compact
 from .distributed import Processes
 from .listener import Listener
 
@@ -117,8 +118,11 @@ def prepare(
     values = dataclasses.asdict(loading)
     del values["chat_template"]
     trains_weights = options.train and options.fine_tune_type == "full"
-    if trains_weights and values.get("dtype") is None and backend.has_kernels():
-        values["dtype"] = "float32"  # the kernels can multiply in half precision, but it is too coarse for updates
+    if trains_weights and values.get("dtype") is None:
+        if compact.is_wanted(options):
+            values["dtype"] = "bfloat16"
+        elif backend.has_kernels():
+            values["dtype"] = "float32"  # the kernels can multiply in half precision, but it is too coarse for updates
     model, tokenizer = load(name, expand=True if trains_weights else None, exact_activations=True, **values)
     was_given_template = loading.chat_template is None and _give_template(name, tokenizer)
     target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that do not exist

@@ -24,6 +24,7 @@ from ..data.corpus.files import find_files
 from ..data.corpus.validation import read_validation
 from ..options import TrainOptions
 from ..options.pretraining import PretrainOptions
+from ..step import compact
 from ..step.evaluation import Evaluation
 from ..step.updater import Updater
 from . import folder as run_folder
@@ -70,6 +71,7 @@ def check(request: Request) -> dict[str, Any] | None:
     request.processes.check_batch(options.batch_size)
     if isinstance(request.model, str | Path):
         check_dtype(request.model, request.loading.dtype)
+    compact.check_dtype(options, request.loading.dtype)
     if not request.processes.leads:
         return None
     run_folder.check_folder(request.folder, resume=options.resume, overwrite=request.overwrite, folder_flag=_FLAG)

@@ -14,6 +14,7 @@ from ...inputs import to_path
 from ...loading import check_dtype
 from ...text.chat_template import find_template
 from ..options import FineTuneOptions, TrainOptions
+from ..step import compact
 from . import folder as run_folder
 from .distributed import Processes
 from .listener import Listener
@@ -74,6 +75,8 @@ def check(request: Request) -> dict[str, Any] | None:
     options.check()
     request.processes.check_batch(options.batch_size)
     check_dtype(request.model, request.loading.dtype)
+    if options.train:
+        compact.check_dtype(options, request.loading.dtype)
     if request.loading.chat_template is not None:
         find_template(request.loading.chat_template)
     previous = _check_folder(request) if options.train and request.processes.leads else None

@@ -35,27 +35,24 @@ def settled_bytes() -> int:
     return here().settled_bytes // (1 + TEMPORARY)
 
 
-def is_wanted(options: TrainOptions, compute_dtype: mx.Dtype | None) -> bool:
-    """Whether the options ask for such a state.
+def is_wanted(options: TrainOptions) -> bool:
+    """Whether the options ask for such a state; then the model must be loaded in bfloat16."""
+    return options.optimizer_dtype == BFLOAT16
 
-    Args:
-        compute_dtype: the type to which trained weights are cast; None if they are not.
+
+def check_dtype(options: TrainOptions, dtype: str | mx.Dtype | None) -> None:
+    """Refuse a type of the model that such a state cannot have; None leaves the choice to us.
 
     Raises:
-        RequestError: they do, but the forward pass is not in bfloat16.
+        RequestError: the options ask for such a state, and for another type than bfloat16.
     """
-    if options.optimizer_dtype == BFLOAT16 and not _is_bfloat16(compute_dtype):
-        raise RequestError("--optimizer-dtype bfloat16 needs a model in bfloat16; give --dtype bfloat16.")
-    return options.optimizer_dtype == BFLOAT16
+    if is_wanted(options) and dtype not in (None, BFLOAT16):
+        raise RequestError(f"--optimizer-dtype bfloat16 needs --dtype bfloat16, not {dtype}.")
 
 
 def supports(optimizer: optim.Optimizer, compute_dtype: mx.Dtype | None) -> bool:
     """Whether an optimizer's state can be held this way: Adam's and our AdamW's, with a forward pass in bfloat16."""
-    return type(optimizer) in (optim.Adam, AdamW) and _is_bfloat16(compute_dtype)
-
-
-def _is_bfloat16(dtype: mx.Dtype | None) -> bool:
-    return dtype is not None and dtype == mx.bfloat16
+    return type(optimizer) in (optim.Adam, AdamW) and compute_dtype is not None and compute_dtype == mx.bfloat16
 
 
 def split(weight: mx.array) -> Weight:
