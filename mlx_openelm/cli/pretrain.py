@@ -124,7 +124,7 @@ def _summary(done: Pretrained) -> Iterator[str]:
         share = result.tokens_per_second * done.flops_per_token / done.peak_flops
         speed = f", {result.tokens_per_second:,.0f} tokens/s ({share:.0%} of the device's peak)"
     yield (
-        f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
+        f"Trained {counted(result.steps, 'step')}, {counted(result.trained_tokens, 'token')} learned{speed}, "
         f"peak memory {size(result.peak_memory * 1e9)}"
     )
     if padding := done.data.get("padding"):

@@ -140,7 +140,7 @@ def summary(done: FineTuned) -> Iterator[str]:
     if result is not None:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
         yield (
-            f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} {_counts(done)}{speed}, "
+            f"Trained {counted(result.steps, 'step')}, {_learned(done, result.trained_tokens)}{speed}, "
             f"peak memory {size(result.peak_memory * 1e9)}"
         )
         yield from validation_lines(result, rewarded=_is_rewarded(done))
@@ -160,8 +160,9 @@ def _is_rewarded(done: FineTuned) -> bool:
     return done.counts == "completions"
 
 
-def _counts(done: FineTuned) -> str:
-    return "tokens learned" if done.counts == "tokens" else done.counts
+def _learned(done: FineTuned, count: int) -> str:
+    learned = counted(count, done.counts.removesuffix("s"))  # pairs, completions
+    return f"{learned} learned" if done.counts == "tokens" else learned
 
 
 def _test(done: FineTuned, test: Evaluation) -> str:
