@@ -162,8 +162,12 @@ class FusedAttention(PlainAttention):
         return self._rope(queries), self._rope(keys), values
 
     def _rope(self, x: mx.array) -> mx.array:
-        offset = mx.array(self.offset) if isinstance(self.offset, list) else self.offset
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=offset)
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=self._positions)
+
+    @cached_property
+    def _positions(self) -> int | mx.array:
+        """`offset` for MLX: made once for all layers."""
+        return mx.array(self.offset) if isinstance(self.offset, list) else self.offset
 
     def _step(self, queries: mx.array, keys: mx.array, values: mx.array, cache: RowCaches) -> mx.array:
         """As in the base class, but the positions of a growing cache at once."""
