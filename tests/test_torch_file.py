@@ -398,12 +398,13 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_damage_never_changes_values(tmp_path: Path) -> None:
-    """500 randomly damaged files: each is refused, or still gives the same values."""
+@pytest.mark.parametrize("count", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_damage_never_changes_values(tmp_path: Path, count: int) -> None:
+    """Randomly damaged files: each is refused, or still gives the same values."""
     draw = random.Random(0)
     sources = [(FOLDER / "plain.pt").read_bytes(), repacked(zipfile.ZIP_STORED), repacked(zipfile.ZIP_DEFLATED)]
     path, right = tmp_path / "c.pt", 0
-    for _ in range(500):
+    for _ in range(count):
         path.write_bytes(mutated(draw.choice(sources), draw))
         try:
             found = values_of(path)
@@ -411,15 +412,16 @@ def test_damage_never_changes_values(tmp_path: Path) -> None:
             continue
         right += 1
         assert all(np.array_equal(found[name], value) for name, value in WEIGHTS.items())
-    assert 50 < right < 400
+    assert count / 10 < right < count * 4 / 5
 
 
-def test_damaged_pickles_end_in_an_error_or_a_tensor_of_the_file(tmp_path: Path) -> None:
-    """200 pickles with changed bytes and matching checksums."""
+@pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_damaged_pickles_end_in_an_error_or_a_tensor_of_the_file(tmp_path: Path, count: int) -> None:
+    """Pickles with changed bytes and matching checksums."""
     draw = random.Random(1)
     good, path = members(), tmp_path / "c.pt"
     refused = 0
-    for _ in range(200):
+    for _ in range(count):
         data = bytearray(good["data.pkl"])
         for _ in range(draw.choice([1, 1, 3])):
             data[draw.randrange(len(data))] = draw.choice([0, 1, 127, 255, draw.randrange(256)])
@@ -435,7 +437,7 @@ def test_damaged_pickles_end_in_an_error_or_a_tensor_of_the_file(tmp_path: Path)
             continue
         for tensor in found.values():
             assert tensor.read().shape == tensor.shape
-    assert 50 < refused < 200
+    assert count / 4 < refused < count
 
 
 # Hostile files.
@@ -454,14 +456,14 @@ HOSTILE = {
     "dictionaries": b"}" * 1_100_000 + b".",
     "calls": b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00h\x00h\x00h\x00" + b"h\x00)N\x87" * 9 + b"tR.",
     "copies of pairs": b"ccollections\nOrderedDict\nq\x00](K\x01K\x02\x86q\x01"
-    + b"h\x01" * 100_000
+    + b"h\x01" * 50_000
     + b"e\x85q\x02"
-    + b"h\x00h\x02R" * 100_000
+    + b"h\x00h\x02R" * 50_000
     + b".",
     "copies of dictionaries": b"ccollections\nCounter\nq\x00}("
     + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(65536))
     + b"u\x85q\x01"
-    + b"h\x00h\x01R" * 100_000
+    + b"h\x00h\x01R" * 20_000
     + b".",
     "long keys": b"\x8b" + struct.pack("<i", 8_000_000) + b"\x7f" * 8_000_000 + b"q\x00}" + b"h\x00Ns" * 100_000 + b".",
     "dimensions": b"("
@@ -508,7 +510,7 @@ for path in sorted(Path({str(tmp_path)!r}).glob("*.pt")):
 
 
 def test_a_storage_much_larger_than_its_compressed_file_is_refused(tmp_path: Path) -> None:
-    size = 36_000_000
+    size = 17_000_000  # 68 MB, a little more than may come from a small file
     pkl = pickled(size=size, shape=(size,), strides=(1,))
     path = pack(tmp_path / "weight.pt", {"data.pkl": pkl, "data/0": bytes(4 * size)}, zipfile.ZIP_DEFLATED)
     assert "many times as large as the file" in error_of(path)
