@@ -18,6 +18,7 @@ from in_process import run_here
 from quantization_models import FIXTURES, measure_few_choices, search_little, write_tiny
 
 LEARNING = ("--calibration", "play.txt", "--num-samples", 2, "--sequence-length", 32)
+ONE_LAYER = {"num_transformer_layers": 1, "num_query_heads": 2, "num_kv_heads": 1, "ffn_multipliers": 1.5}
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -38,7 +39,7 @@ def little_search() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quantize-cli")
-    write_tiny(path / "model")
+    write_tiny(path / "model", **ONE_LAYER)
     (path / "play.txt").write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:4000])
     return path
 

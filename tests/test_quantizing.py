@@ -30,6 +30,13 @@ from quantization_models import FIXTURES, SHAKESPEARE, measure_few_choices, sear
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
 # A few short windows: quality is not tested here.
 SMALL: dict[str, Any] = {"num_samples": 2, "sequence_length": 32}
+# One layer is enough here; the tests of each method have more.
+ONE_LAYER: dict[str, Any] = {
+    "num_transformer_layers": 1,
+    "num_query_heads": 2,
+    "num_kv_heads": 1,
+    "ffn_multipliers": 1.5,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +51,7 @@ def little_search() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("quantizing") / "tiny")
+    return write_tiny(tmp_path_factory.mktemp("quantizing") / "tiny", **ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +499,7 @@ def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path, monke
     assert stages == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
     for steps in reported.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
-    assert reported["Quantizing"][-1] == (9, 9)
+    assert reported["Quantizing"][-1] == (5, 5)
 
 
 def test_a_long_report_says_before_how_long_it_takes(source, text, monkeypatch):
