@@ -119,7 +119,7 @@ def test_invalid_requests_are_refused(tmp_path: Path, request_: dict[str, Any], 
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("gguf_type", ["f32", "q8_0"])
+@pytest.mark.parametrize("gguf_type", ["f32", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_a_quantized_model_is_dequantized_then_stored_as_asked(tmp_path: Path, gguf_type: str) -> None:
     packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True, q_bits=4, dtype="float32").path
     result = export(packed, tmp_path / "a.gguf", format="gguf", gguf_type=gguf_type)

@@ -265,7 +265,7 @@ def unpack(folder: Path, path: str) -> mx.array:
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(m, marks=() if m in ("4 bits", "mxfp4", "mixed") else pytest.mark.slow) for m in MODES]
+    "mode", [pytest.param(m, marks=() if m in ("4 bits", "mxfp4") else pytest.mark.slow) for m in MODES]
 )
 def test_a_quantized_base_is_requantized_the_same_way(mode: str, packed: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
@@ -381,7 +381,9 @@ def test_quantizing_while_fusing_equals_fusing_and_then_quantizing(
     assert at_once.overall.relative_error > 0 and not at_once.requantized
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stored", ["bfloat16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float16", "float32"))]
+)
 def test_dtypes_are_those_of_the_base_by_default(stored: str, tmp_path: Path) -> None:
     convert(SHAKESPEARE, tmp_path / "base", dtype=stored)
     fuse(tmp_path / "base", FIXTURES / "peft-lora", tmp_path / "fused")

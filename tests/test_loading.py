@@ -627,7 +627,7 @@ def test_plain_weights_stored_as_integers_are_refused(small: Path) -> None:
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow), "mxfp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_expanded_and_packed_weights_give_the_same_logits(tmp_path: Path, mode: str, dtype: str) -> None:
     convert(FOLDER, tmp_path / "q", quantize=True, q_mode=mode, dtype=dtype)

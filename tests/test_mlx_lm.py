@@ -70,7 +70,7 @@ def test_their_generate_step_over_our_model(model: OpenELM, prompt: int, caches:
     assert their_tokens(model, IDS[prompt], 48, **kwargs) == GREEDY[prompt]
 
 
-@pytest.mark.parametrize("prompt", range(4))
+@pytest.mark.parametrize("prompt", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)), 3])
 def test_our_generate_step_over_their_caches(model: OpenELM, prompt: int) -> None:
     caches = [their_cache.KVCache() for _ in model.layers]
     assert our_tokens(model, IDS[prompt], 48, cache=caches, prefill_step_size=4) == GREEDY[prompt]

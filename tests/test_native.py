@@ -632,7 +632,7 @@ def divergence(expected: mx.array, got: mx.array) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", [pytest.param(n, marks=() if n in (2, 4, 8) else pytest.mark.slow) for n in BITS])
+@pytest.mark.parametrize("bits", [pytest.param(n, marks=() if n in (4, 8) else pytest.mark.slow) for n in BITS])
 def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path):
     text = json.loads((FIXTURES / "valid.jsonl").read_text().splitlines()[0])["text"]
     full, tokenizer = load(FOLDER)

@@ -39,8 +39,8 @@ def test_the_fused_form_gives_the_reference_logits(model, fused, prompt, referen
 
 
 def test_the_fused_form_generates_the_reference_tokens(model, fused, reference):
-    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=48, prefill_step_size=4)]
-    assert tokens == reference["greedy"][0]
+    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=20, prefill_step_size=4)]
+    assert tokens == reference["greedy"][0][:20]
 
 
 def test_both_forms_agree_on_rows_at_different_offsets(model, monkeypatch):

@@ -534,7 +534,7 @@ MIXED = st.lists(
 
 @pytest.mark.parametrize("first_only", [False, True])
 @given(words=MIXED)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(first_only, words):
     tiny = Tokenizer.from_folder(catalog.TINY_FOLDER)
     engine = tokenizers_engine.TokenizersEngine(replace(tiny.spec, first_only=first_only), catalog.TINY_FOLDER)
