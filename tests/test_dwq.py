@@ -107,8 +107,8 @@ def with_grids(packed, grids, **changes):
     ],
 )
 def test_the_divergence_falls_on_unseen_text(changes):
-    windows = random_windows(64, 17)
-    batches = [mx.array(windows[i : i + 2])[:, :-1] for i in range(0, 64, 2)]
+    windows = random_windows(32, 17)
+    batches = [mx.array(windows[i : i + 2])[:, :-1] for i in range(0, 32, 2)]
     model = tiny_model(**changes)
     teacher = Teacher(model, batches)
     packed = rounded(model)
@@ -188,7 +188,7 @@ def test_the_training_loss_is_the_models_divergence():
 def test_the_whole_pipeline_with_an_untied_head_and_mixed_bits(methods):
     config = tiny_model(share_input_output_layers=False).config
     choices, _ = plan(config, lambda path: Quantization(32, 3 if "ffn" in path else 4))
-    batches = [mx.array(random_windows(2, 24, seed=seed)) for seed in range(8)]
+    batches = [mx.array(random_windows(2, 24, seed=seed)) for seed in range(4)]
     held_out = random_windows(4, 33, seed=99)
     full = tiny_model(share_input_output_layers=False)
     divergences = []

@@ -27,6 +27,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 import mlx.core as mx
 import numpy as np
 import pytest
+from in_process import run_here
 from processes import environment
 
 gguf = pytest.importorskip("gguf")
@@ -36,9 +37,8 @@ PARAMETERS = 2_485_056
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a separate process, in `folder`."""
-    command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, timeout=60)
+    """Run the command in `folder`."""
+    return run_here("export", *args, folder=folder)
 
 
 @pytest.fixture
@@ -64,7 +64,9 @@ def test_a_folder_stored_in_several_types_is_exported_in_float32(tmp_path: Path)
 
 
 def test_the_command_writes_a_gguf_file(tmp_path: Path) -> None:
-    done = run("--model", SHAKESPEARE, "--format", "gguf", folder=tmp_path)
+    """In a separate process."""
+    command = [sys.executable, "-m", "mlx_openelm", "export", "--model", str(SHAKESPEARE), "--format", "gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     path = tmp_path / "shakespeare-hf-f16.gguf"
     reader = gguf.GGUFReader(path)
@@ -117,7 +119,7 @@ def test_invalid_requests_are_refused(tmp_path: Path, request_: dict[str, Any], 
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("gguf_type", ["f32", "q8_0"])
+@pytest.mark.parametrize("gguf_type", ["f32", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_a_quantized_model_is_dequantized_then_stored_as_asked(tmp_path: Path, gguf_type: str) -> None:
     packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True, q_bits=4, dtype="float32").path
     result = export(packed, tmp_path / "a.gguf", format="gguf", gguf_type=gguf_type)
@@ -328,8 +330,8 @@ for kind in ("f32", "q8_0"):
     measure(f"to {kind}", lambda: export(model, f"{out}/{kind}.gguf", format="gguf", gguf_type=kind))
     measure(f"from {kind}", lambda: convert(f"{out}/{kind}.gguf", f"{out}/{kind}"))
 measure("packed from f32", lambda: convert(f"{out}/f32.gguf", f"{out}/packed", quantize=True))
-measure("mxfp4", lambda: convert(model, f"{out}/mxfp4", quantize=True, q_mode="mxfp4"))
-measure("dequantized", lambda: export(f"{out}/mxfp4", f"{out}/mxfp4-hf", format="huggingface"))
+measure("mxfp8", lambda: convert(model, f"{out}/mxfp8", quantize=True, q_mode="mxfp8"))
+measure("dequantized", lambda: export(f"{out}/mxfp8", f"{out}/mxfp8-hf", format="huggingface"))
 measure("average", lambda: average([model, f"{out}/hf", f"{out}/f32"], f"{out}/mean"))
 print(json.dumps(peaks))
 """

@@ -85,10 +85,10 @@ def check(worker: Worker, kind: str, seeds: range) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(worker: Worker, kind: str) -> None:
-    check(worker, kind, range(10))
+    check(worker, kind, range(4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_files(worker: Worker, kind: str) -> None:
-    check(worker, kind, range(15, 315))
+    check(worker, kind, range(4, 315))

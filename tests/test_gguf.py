@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import shutil
@@ -37,9 +38,20 @@ TEXTS = ["To be", " two", "  a  b ", "", " ", "\n", "a\n\n b\tc", "naïve café"
 FFN = (128, 256, 384, 512, 640, 768)  # 192 × 0.5, 1.2, … 4.0, rounded to multiples of 64
 
 
+# Files that no test changes.
+reader = functools.cache(gguf.GGUFReader)
+vocabulary = functools.cache(read_model)
+shakespeare = functools.cache(lambda: Tokenizer.from_folder(SHAKESPEARE))
+
+
+@functools.cache
+def dequantized(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader(path).tensors}
+
+
 def write(path: Path, gguf_type: str = "f32", checkpoint: Checkpoint | None = None, **more: Any) -> dict[str, str]:
     checkpoint = checkpoint or mlx_format.read(SHAKESPEARE)
-    tokenizer = more.pop("tokenizer", None) or Tokenizer.from_folder(SHAKESPEARE)
+    tokenizer = more.pop("tokenizer", None) or shakespeare()
     return gguf_format.write(path, checkpoint, tokenizer, gguf_type, name="Shakespeare", **more)
 
 
@@ -83,7 +95,7 @@ def expected_tensors(weights: dict[str, np.ndarray], layers: int = 6) -> dict[st
 
 
 def test_keys(files: dict[str, Path]) -> None:
-    values = {name: field.contents() for name, field in gguf.GGUFReader(files["q8_0"]).fields.items()}
+    values = {name: field.contents() for name, field in reader(files["q8_0"]).fields.items()}
     expected = {
         "general.architecture": "openelm",
         "general.type": "model",
@@ -118,14 +130,14 @@ def test_keys(files: dict[str, Path]) -> None:
     assert values["tokenizer.ggml.scores"] == [pieces.get_score(i) for i in range(2048)]
     kinds = values["tokenizer.ggml.token_type"]
     assert kinds == [2, 3, 3] + [6] * 256 + [1] * (2048 - 259)  # unknown, control, byte, normal
-    types = {path: gguf.GGUFReader(path).get_field("general.file_type").contents() for path in files.values()}
+    types = {path: reader(path).get_field("general.file_type").contents() for path in files.values()}
     assert list(types.values()) == [0, 1, 32, 7, 2]
 
 
 @pytest.mark.parametrize("gguf_type", KL)
 def test_tensors_are_quantized_as_by_the_gguf_package(files: dict[str, Path], gguf_type: str) -> None:
     expected = expected_tensors(original())
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(files[gguf_type]).tensors}
+    tensors = {tensor.name: tensor for tensor in reader(files[gguf_type]).tensors}
     assert tensors.keys() == expected.keys()
     for name, weight in expected.items():
         kind = gguf.GGMLQuantizationType[gguf_type.upper() if weight.ndim == 2 else "F32"]
@@ -214,7 +226,7 @@ def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path: Path, changes: d
 @pytest.mark.parametrize("gguf_type", KL)
 def test_reading_equals_the_packages_dequantize(files: dict[str, Path], gguf_type: str) -> None:
     checkpoint, _ = gguf_format.read(files[gguf_type])
-    theirs = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(files[gguf_type]).tensors}
+    theirs = dequantized(files[gguf_type])
     types = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
     assert checkpoint.weights["transformer.layers.3.ffn.proj_1.weight"].dtype == types.get(gguf_type, mx.float32)
     ours = {name: np.array(weight.astype(mx.float32)) for name, weight in checkpoint.weights.items()}
@@ -254,7 +266,7 @@ def test_logits_of_a_round_trip(files: dict[str, Path], reference: dict[str, Any
     """Against the reference, and against an independent model with the package's dequantized weights."""
     checkpoint, _ = gguf_format.read(files[gguf_type])
     config = checkpoint.config
-    tensors = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(files[gguf_type]).tensors}
+    tensors = dequantized(files[gguf_type])
     weights = {name: np.zeros(shape) for name, shape in config.tensor_shapes().items()}
     for name, view in expected_tensors(weights).items():
         view[:] = tensors[name].reshape(view.shape)  # np.split gives views, so this fills proj_1's halves
@@ -281,7 +293,7 @@ def other_file(path: Path, change: Callable[[Any, dict[str, np.ndarray]], None] 
     """A file as a simple writer would make it: a scalar for a constant list, and few keys."""
     checkpoint = small_checkpoint(num_query_heads=[4, 4], num_kv_heads=[2, 2])
     tensors = expected_tensors({name: np.array(w) for name, w in checkpoint.weights.items()}, layers=2)
-    pieces = read_model(SHAKESPEARE / "tokenizer.model")
+    pieces = vocabulary(SHAKESPEARE / "tokenizer.model")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_uint32(f"{arch}.block_count", 2)
     writer.add_uint32(f"{arch}.context_length", 100)

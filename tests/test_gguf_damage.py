@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,21 @@ from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import gguf_header
 from mlx_openelm.jobs.export import export
 
+import gguf_files
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf_files import SCALARS, TYPES, RawFile, RawTensor, small_file
+from gguf_files import SCALARS, TYPES, RawFile, RawTensor
 
 gguf = pytest.importorskip("gguf")
+
+
+first = functools.cache(gguf_files.small_file)
+
+
+def small_file() -> RawFile:
+    """A file that a test may change; its weights are made once."""
+    return replace(first(), keys=[*first().keys], tensors=[*first().tensors])
 
 
 @pytest.fixture(scope="module")

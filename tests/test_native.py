@@ -23,6 +23,8 @@ from mlx_openelm.ops.layers import rotation_table
 import mlx.core as mx
 import numpy as np
 import pytest
+from covering import chosen
+from in_process import run_here
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = FIXTURES / "shakespeare-hf"
@@ -283,12 +285,15 @@ SHAPES = [
     (1, 1, 4000, 4, 1, 64),
     (2, 130, 0, 8, 2, 80),
 ]
+# Each pair of sizes occurs in one of them.
+FEW_SHAPES = [SHAPES[index] for index in chosen([dict(enumerate(map(str, shape))) for shape in SHAPES], 2)]
 
 
 @needs_kernels
+@pytest.mark.parametrize("shapes", [FEW_SHAPES, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["few", "all"])
 @pytest.mark.parametrize("kind", ["none", "causal", "mask"])
-def test_attention(kind):
-    for batch, length, past, heads, kv, dim in SHAPES:
+def test_attention(kind, shapes):
+    for batch, length, past, heads, kv, dim in shapes:
         total = past + length
         q = normal(batch, length, heads, dim)
         k, v = (normal(batch, kv, total + 7, dim, seed=s) for s in (1, 2))
@@ -571,7 +576,7 @@ def test_a_cache_in_half_precision_stays_usable():
 @needs_kernels
 @pytest.mark.parametrize("name", [FOLDER, "tiny"], ids=["plain", "packed"])
 def test_where_a_prompt_is_cut_changes_no_bit(name):
-    model, ids = load(name)[0], [3 + i * i % 500 for i in range(1100)]
+    model, ids = load(name)[0], [3 + i * i % 500 for i in range(620)]
 
     def run(lengths: list[int]) -> list[mx.array]:
         cache, start, parts = make_cache(len(model.layers)), 0, []
@@ -581,10 +586,10 @@ def test_where_a_prompt_is_cut_changes_no_bit(name):
         assert start == len(ids)
         return [mx.concatenate(parts), *(array for layer in cache for array in layer.keys_and_values())]
 
-    whole = run([1100])
-    for lengths in ([64] * 16 + [76], [12, 500, 13, 575], [128] * 8 + [64, 12]):
+    whole = run([620])
+    for lengths in ([64] * 9 + [44], [12, 495, 13, 100], [128] * 4 + [96, 12]):
         assert all(mx.array_equal(one, other).item() for one, other in zip(whole, run(lengths), strict=True))
-    assert not mx.array_equal(whole[0], run([1089, 11])[0]).item()  # few positions, as in a step
+    assert not mx.array_equal(whole[0], run([609, 11])[0]).item()  # few positions, as in a step
 
 
 @needs_kernels
@@ -603,9 +608,10 @@ def test_trimmed_caches_forget(reference):
 
 @needs_kernels
 def test_tokens_equal_the_reference(reference):
-    for dtype in (None, "float32"):
+    for dtype, prompts in ((None, (0, 1)), ("float32", (2, 3))):
         model, _ = load(FOLDER, dtype=dtype)
-        for ids, greedy in zip(reference["ids"], reference["greedy"], strict=True):
+        for prompt in prompts:
+            ids, greedy = reference["ids"][prompt], reference["greedy"][prompt]
             assert [token for token, _ in generate_step(model, ids, max_tokens=48)] == greedy
 
 
@@ -626,11 +632,11 @@ def divergence(expected: mx.array, got: mx.array) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", [pytest.param(n, marks=() if n in (2, 4, 8) else pytest.mark.slow) for n in BITS])
+@pytest.mark.parametrize("bits", [pytest.param(n, marks=() if n in (4, 8) else pytest.mark.slow) for n in BITS])
 def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path):
     text = json.loads((FIXTURES / "valid.jsonl").read_text().splitlines()[0])["text"]
     full, tokenizer = load(FOLDER)
-    ids = mx.array(tokenizer.encode(text)[:256])
+    ids = mx.array(tokenizer.encode(text)[:128])
     convert(FOLDER, tmp_path / "q", quantize=True, q_bits=bits, q_group_size=64 if bits != 2 else 32)
     model, _ = load(tmp_path / "q", exact_activations=True)
 
@@ -648,13 +654,13 @@ def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path)
 
 @needs_kernels
 def test_few_activations_of_many_layers_are_in_memory_at_once():
-    """MLX evaluates ahead of the processor: it would allocate the outputs of all 64 products before the first ends."""
+    """MLX evaluates ahead of the processor: it would allocate the outputs of all 32 products before the first ends."""
     weight, x = normal(1024, 1024), normal(256, 1024, seed=1)  # 1 MiB each time
     mx.eval(weight, x)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    for _ in range(64):
+    for _ in range(32):
         x = linear(x, weight)
     mx.eval(x)
     assert mx.get_peak_memory() - before < 12 << 20
@@ -838,7 +844,7 @@ def test_a_variable_turns_them_off_and_the_text_stays_the_same():
 
 @needs_kernels
 def test_doctor_says_which_kernels_are_used():
-    done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor", "--json"], capture_output=True, text=True)
+    done = run_here("doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     if "CPU kernels" not in findings:
         pytest.skip("a GPU does not use the kernels")

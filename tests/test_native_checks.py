@@ -16,8 +16,8 @@ FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I
 # The flags of the library; sanitizers need fewer.
 FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math", *FUSED)
 TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
-# Products take a minute to compile; `test_native.py` checks them in the compiled library.
-WITHOUT_PRODUCTS = "-DOPENELM_WITHOUT_PRODUCTS"
+# Products and attention take a minute to compile; `test_native.py` checks them in the compiled library.
+QUICK = ("-Og", "-DOPENELM_QUICK")
 EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
 EMULATED_AMX = "-DOPENELM_EMULATE_AMX"
 
@@ -60,12 +60,13 @@ def sanitized(tmp_path: Path, sanitizers: str) -> Path:
     return tmp_path / "checks"
 
 
-@pytest.mark.parametrize("some", [(WITHOUT_PRODUCTS,), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [QUICK, pytest.param((), marks=pytest.mark.slow)])
 def test_on_this_machine(some: tuple[str, ...], tmp_path: Path) -> None:
     compiler = a_compiler()
     compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), *some)
     output = run_checks(tmp_path / "checks")
-    assert "attention_gradient" in output and ("few_rows" in output) == (not some)
+    assert "split_heads" in output and "fork" in output
+    assert all((name in output) == (not some) for name in ("few_rows", "attention_gradient"))
 
 
 @pytest.mark.slow

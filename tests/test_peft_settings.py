@@ -357,9 +357,14 @@ def with_table(folder: Path, value: np.ndarray | mx.array, name: str = TABLE, **
     return edit(folder, lambda tensors: tensors.update({name: mx.array(value)}), **settings)
 
 
+@pytest.fixture(scope="module")
+def merged_lora() -> dict[str, np.ndarray]:
+    return merged(LORA)
+
+
 @pytest.mark.parametrize("name", [TABLE, TABLE_COPY, f"{PREFIX}lm_head.weight", f"{EMBEDDING}.original_module.weight"])
 def test_the_bases_own_embedding_is_dropped(
-    tmp_path: Path, model: OpenELM, weights: dict[str, np.ndarray], name: str
+    tmp_path: Path, model: OpenELM, weights: dict[str, np.ndarray], merged_lora: dict[str, np.ndarray], name: str
 ) -> None:
     """As in files of PEFT's `save_embedding_layers`, and with `modules_to_save` where nothing changed."""
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"], name)
@@ -370,9 +375,9 @@ def test_the_bases_own_embedding_is_dropped(
     assert mx.array_equal(model(ids), expected).item()
     loaded, _ = load(FOLDER, {str(folder): 0.5, str(LORA): 0.5}, "float32")
     assert mx.allclose(loaded(ids), expected, atol=1e-4).item()
-    plain, ours = merged(LORA), merged(folder)
-    assert plain.keys() == ours.keys()
-    assert all(np.array_equal(plain[key], ours[key]) for key in plain)
+    ours = merged(folder)
+    assert merged_lora.keys() == ours.keys()
+    assert all(np.array_equal(merged_lora[key], ours[key]) for key in merged_lora)
     write_adapter(extract(model), folder, model.config, "peft")
     assert not read_adapter(folder, model.config).base_copies
 
@@ -432,9 +437,16 @@ def test_a_copy_of_the_embedding_alone_is_not_an_adapter(tmp_path: Path, weights
 @pytest.mark.parametrize(
     ("base", "stored"),
     [
-        *[(base, stored) for base in TYPES for stored in (mx.float32, mx.float16, mx.bfloat16)],
-        *[("4 bits", mx.float32), ("8 bits", mx.float16), ("mxfp4", mx.float32), ("unpacked", mx.bfloat16)],
-        *[("8 bits", mx.float32), ("unpacked", mx.float32)],
+        *[
+            pytest.param(base, stored, marks=pytest.mark.slow if (number, place) in ((1, 1), (2, 2)) else ())
+            for number, base in enumerate(TYPES)
+            for place, stored in enumerate((mx.float32, mx.float16, mx.bfloat16))
+        ],
+        *[("4 bits", mx.float32), ("8 bits", mx.float16), ("mxfp8", mx.float32), ("unpacked", mx.bfloat16)],
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("mxfp4", mx.float32), ("8 bits", mx.float32), ("unpacked", mx.float32))
+        ),
     ],
 )
 def test_copies_are_compared_in_the_coarser_dtype(
@@ -449,7 +461,11 @@ def test_copies_are_compared_in_the_coarser_dtype(
     place, options = FOLDER, {"dtype": base}
     if base not in TYPES:
         place, options = tmp_path / "base", {"dtype": "float32", "expand": base == "unpacked"}
-        more = {"q_mode": "mxfp4", "q_group_size": 32} if base == "mxfp4" else {"q_bits": 8 if base == "8 bits" else 4}
+        more = (
+            {"q_mode": base, "q_group_size": 32}
+            if base.startswith("mxfp")
+            else {"q_bits": 8 if base == "8 bits" else 4}
+        )
         convert(FOLDER, place, quantize=True, **({"q_group_size": 64} | more))
     load(place, same, **options)
     with pytest.raises(RequestError, match=r"\(save_embedding_layers\)"):

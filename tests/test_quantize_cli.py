@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_openelm.evaluation.windows import load_documents
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.formats import rounding
+from mlx_openelm.quantization import awq, report, sensitivity
 from mlx_openelm.quantization.recipes import planner
 
 import pytest
 from in_process import run_here
 from quantization_models import FIXTURES, measure_few_choices, search_little, write_tiny
 
-LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length", 32)
+LEARNING = ("--calibration", "play.txt", "--num-samples", 2, "--sequence-length", 32)
+ONE_LAYER = {"num_transformer_layers": 1, "num_query_heads": 2, "num_kv_heads": 1, "ffn_multipliers": 1.5}
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -22,19 +26,28 @@ def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return run_here(*args, folder=folder)
 
 
-little_search = pytest.fixture(scope="module", autouse=True)(search_little)
+@pytest.fixture(scope="module", autouse=True)
+def little_search() -> Iterator[None]:
+    """Grids are improved once, AWQ tries one exponent, and few rows are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "_REFITS", 1)
+        patch.setattr(awq, "_EXPONENTS", (0.5,))
+        patch.setattr(sensitivity, "_ROWS", 32)
+        yield from search_little()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quantize-cli")
-    write_tiny(path / "model")
+    write_tiny(path / "model", **ONE_LAYER)
     (path / "play.txt").write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:4000])
     return path
 
 
 def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder, monkeypatch):
     measure_few_choices(monkeypatch)
+    some = dict(list(report.plain_choices(mlx_format.read_config(folder / "model")[0]).items())[:2])
+    monkeypatch.setattr(report, "plain_choices", lambda _: some)
     upload = ("--q-bits", 4, "--upload-repo", "me/small", "--dry-run")
     before = sorted(folder.rglob("*"))
     done = run("quantize", "--model", "model", "--mlx-path", "small", *upload, folder=folder)
@@ -49,7 +62,7 @@ def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder, monkeypatch):
     assert result["bits_per_weight"] <= 4.2 and result["mlx_path"] == str(folder / "small")
     assert set(result["choices"]) == set(mlx_format.read_config(folder / "small")[0].matrix_shapes())
     assert all(set(c) == {"group_size", "bits", "mode", "kl_divergence"} for c in result["choices"].values())
-    assert len(result["report"]) == 15
+    assert [row["name"] for row in result["report"][:-1]] == ["not quantized", *some]
     assert result["report"][-1]["name"].startswith("this: --target-bpw 4.2 --method awq,gptq")
     assert result["report"][-1]["bits_per_weight"] == result["bits_per_weight"]
     assert (folder / "plot.svg").read_text().startswith("<?xml")

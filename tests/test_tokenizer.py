@@ -161,7 +161,7 @@ def test_add_eos_token(saved):
 # Decoding
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(ids=st.lists(token_ids, max_size=30))
 def test_streaming_equals_decoding_equals_sentencepiece(from_json, ids):
     expected = processor.decode(ids)
@@ -169,7 +169,7 @@ def test_streaming_equals_decoding_equals_sentencepiece(from_json, ids):
         assert tokenizer.decode(ids) == joined(tokenizer, ids) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(prompt=st.lists(token_ids, max_size=12), ids=st.lists(token_ids, max_size=12))
 def test_streaming_after_a_prompt_continues_its_text(prompt, ids):
     # The decoder holds back incomplete characters, so the prompt's last bytes may come with the rest.
@@ -534,7 +534,7 @@ MIXED = st.lists(
 
 @pytest.mark.parametrize("first_only", [False, True])
 @given(words=MIXED)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(first_only, words):
     tiny = Tokenizer.from_folder(catalog.TINY_FOLDER)
     engine = tokenizers_engine.TokenizersEngine(replace(tiny.spec, first_only=first_only), catalog.TINY_FOLDER)
