@@ -422,9 +422,9 @@ def texts(
 def test_our_runs_are_greedy_and_pass_the_end_of_the_text() -> None:
     ours = worker.Ours(settings())
     prompts = random_prompts(20, 3, ours.model.config.vocab_size)
-    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=100)] for ids in prompts]
-    assert texts(ours, prompts[:1], 100) == expected[:1] and len(expected[0]) == 100
-    assert texts(ours, prompts, 100) == expected
+    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=50)] for ids in prompts]
+    assert texts(ours, prompts[:1], 50) == expected[:1] and len(expected[0]) == 50
+    assert texts(ours, prompts, 50) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -723,7 +723,8 @@ def test_a_missing_mlx_lm_is_one_line(in_process: Any, monkeypatch: pytest.Monke
 
 
 def test_the_last_position_is_used(in_process: Any, tmp_path: Path) -> None:
-    model = ("--model", str(write_tiny(tmp_path / "model", max_context_length=40)), "-p", "32", "-n", "1")
+    folder = write_tiny(tmp_path / "model", max_context_length=40, rope_max_length=40)
+    model = ("--model", str(folder), "-p", "32", "-n", "1")
     code, output, _ = in_process(*model, "-g", "9")
     assert code == 0 and "32+9" in output
     code, _, complaints = in_process(*model, "-g", "10")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from package_trees import tree_of
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,14 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}
 # What `bench --compare` measures beside us, if the user has it.
 COMPARED = {"mlx-lm"}
 IMPORTERS = ("import_module", "find_spec")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_collections() -> Iterator[None]:
+    """Garbage collections would take as long again as parsing the package."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
