@@ -67,8 +67,10 @@ SHORT_TEXT = ("--num-samples", "2", "--sequence-length", "32")
 def test_a_quantized_model_is_quantized_by_the_two_commands_of_the_message(
     args: tuple[Any, ...], bits: int, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("export", "--format", "gguf", "--gguf-type", "q8_0", "--output", "my model.gguf") == 0
-    assert run("convert", "--mlx-path", "packed") == 0
+    if "my model.gguf" in args:
+        assert run("export", "--format", "gguf", "--gguf-type", "q8_0", "--output", "my model.gguf") == 0
+    if "packed" in args:
+        assert run("convert", "--mlx-path", "packed") == 0
     line = refused(capfd, *args)
     assert ("quantize the original" in line) == ("--model" in args)  # `tiny` has none
     commands = [

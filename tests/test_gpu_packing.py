@@ -178,7 +178,7 @@ def test_gradients_pass_through_a_packed_model(choice, reference):
 @pytest.mark.parametrize(
     "options",
     [
-        {"q_bits": 3, "method": ("awq",)},
+        pytest.param({"q_bits": 3, "method": ("awq",)}, marks=slow_on_a_stand_in),
         {"q_bits": 3, "method": ("gptq",)},
         pytest.param({"q_bits": 3, "method": ("dwq",)}, marks=slow_on_a_stand_in),
         pytest.param({"target_bpw": 4.2}, marks=pytest.mark.slow),
