@@ -211,7 +211,7 @@ def test_pictures_are_small_and_are_drawn_by_a_command_of_the_readme(monkeypatch
 
 
 # Those with the most commands; that their commands can be parsed is checked for all below.
-SLOW = ("benchmarks.md", "evaluation.md", "generation.md")
+SLOW = ("benchmarks.md", "constraints.md", "evaluation.md", "generation.md", "quantization.md")
 
 
 @pytest.mark.parametrize(
