@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from mlx.utils import tree_flatten
+from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -421,9 +422,9 @@ def texts(
 def test_our_runs_are_greedy_and_pass_the_end_of_the_text() -> None:
     ours = worker.Ours(settings())
     prompts = random_prompts(20, 3, ours.model.config.vocab_size)
-    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=100)] for ids in prompts]
-    assert texts(ours, prompts[:1], 100) == expected[:1] and len(expected[0]) == 100
-    assert texts(ours, prompts, 100) == expected
+    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=50)] for ids in prompts]
+    assert texts(ours, prompts[:1], 50) == expected[:1] and len(expected[0]) == 50
+    assert texts(ours, prompts, 50) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -547,8 +548,9 @@ def run_command(*words: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture
-def in_process(capsys: pytest.CaptureFixture[str]) -> Any:
-    """The exit code, the output and the errors of a command line."""
+def in_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The exit code, the output and the errors of a command line; the programs that it measures are processes."""
+    monkeypatch.setattr(bandwidth, "_BYTES", 1 << 22)
 
     def run(*words: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
@@ -559,20 +561,21 @@ def in_process(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_tiny_is_measured() -> None:
-    done = run_command("-p", "8,16", "-g", "4", "-n", "2", "--kv-bits", "8")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_tiny_is_measured(in_process: Any) -> None:
+    code, output, complaints = in_process("-p", "8,16", "-g", "4", "-n", "2", "--kv-bits", "8")
+    assert code == 0, complaints
+    lines = output.splitlines()
     assert lines[0].startswith("mlx-openelm ") and max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if "+" in line] == ["8+4", "16+4"]
     # On a busy machine there is a line of progress every five seconds.
-    assert all(line.startswith(("Measuring: ", "This takes about ")) for line in done.stderr.splitlines())
+    assert all(line.startswith(("Measuring: ", "This takes about ")) for line in complaints.splitlines())
 
 
-def test_tiny_with_drafts() -> None:
-    done = run_command("-p", "16", "-g", "8", "-n", "1", "--batch", "1,2", "--prompt-lookup", "--json")
-    assert done.returncode == 0, done.stderr
-    values = json.loads(done.stdout)
+def test_tiny_with_drafts(in_process: Any) -> None:
+    words = ("-p", "16", "-g", "8", "-n", "1", "--batch", "1,2", "--prompt-lookup", "--json")
+    code, output, complaints = in_process(*words)
+    assert code == 0, complaints
+    values = json.loads(output)
     (program,) = values["programs"]
     assert [(result["rows"], result["drafts"]) for result in program["results"]] == [
         (1, False), (1, True), (2, False), (2, True),
@@ -581,12 +584,12 @@ def test_tiny_with_drafts() -> None:
         assert result["speedup"] > 0 and result["tokens_per_step"] >= 1
 
 
-def test_tiny_beside_mlx_lm(tmp_path: Path) -> None:
+def test_tiny_beside_mlx_lm(in_process: Any) -> None:
     pytest.importorskip("mlx_lm")
     words = ("-p", "8", "-g", "4", "-n", "1", "--batch", "1,3")
-    done = run_command(*words, "--compare", "mlx-lm", "--dtype", "float32", "--json")
-    assert done.returncode == 0, done.stderr
-    values = json.loads(done.stdout)
+    code, output, complaints = in_process(*words, "--compare", "mlx-lm", "--dtype", "float32", "--json")
+    assert code == 0, complaints
+    values = json.loads(output)
     assert [(program["name"], program["dtype"]) for program in values["programs"]] == [
         ("mlx-openelm", "float32"), ("mlx-lm", "float32"),
     ]  # fmt: skip
@@ -639,7 +642,10 @@ def test_what_mlx_lm_cannot_read_is_converted_for_both(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_prints_what_was_measured() -> None:
-    code = "from mlx_openelm import console; console._LINE_SECONDS = 0.3; from mlx_openelm.cli.main import main; main()"
+    code = (
+        "from mlx_openelm import console; from mlx_openelm.cli.main import main; "
+        "from mlx_openelm.evaluation import bandwidth; console._LINE_SECONDS = 0.1; bandwidth._BYTES = 1 << 22; main()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "bench", "-p", "16", "-g", "16", "-n", "100000"],
         stdout=subprocess.PIPE,
@@ -716,9 +722,13 @@ def test_a_missing_mlx_lm_is_one_line(in_process: Any, monkeypatch: pytest.Monke
     assert complaints == "error: --compare mlx-lm needs mlx-lm, which is not installed: pip install mlx-lm.\n"
 
 
-def test_the_last_position_is_used(in_process: Any) -> None:
-    code, output, _ = in_process("-p", "1000", "-g", "25", "-n", "1")
-    assert code == 0 and "1000+25" in output
+def test_the_last_position_is_used(in_process: Any, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", max_context_length=40, rope_max_length=40)
+    model = ("--model", str(folder), "-p", "32", "-n", "1")
+    code, output, _ = in_process(*model, "-g", "9")
+    assert code == 0 and "32+9" in output
+    code, _, complaints = in_process(*model, "-g", "10")
+    assert code == 2 and "32 tokens and 10 new ones need 41 positions; the model has 40." in complaints
 
 
 def test_a_program_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_arrivals_are_random_and_independent_of_the_answers() -> None:
 
 def test_clients_leave_early() -> None:
     with fake() as (url, _):
-        load = measure_load(LoadOptions(serve=url, clients=4, seconds=1, disconnects=1), generation_tokens=3)
+        load = measure_load(LoadOptions(serve=url, clients=4, seconds=0.6, disconnects=1), generation_tokens=3)
     assert load.answered == 0 and load.left > 5 and not load.errors
     assert 0 < load.tokens <= 2 * load.left
 
@@ -131,7 +131,7 @@ def test_our_server_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     keys = tmp_path / "keys"
     keys.write_text("\ufeff# mine\nsk-one\n")
     with serving(keys=["sk-one"]) as server:
-        flags = ["bench", "--serve", f"{server.url}/v1", "--seconds", "1", "-g", "8", "-p", "40", "--clients", "3"]
+        flags = ["bench", "--serve", f"{server.url}/v1", "--seconds", "0.5", "-g", "8", "-p", "40", "--clients", "3"]
         flags += ["--api-key-file", str(keys), "--disconnects", "0.2"]
         for extra in ([], ["--json"]):
             with pytest.raises(SystemExit) as stop:

@@ -75,9 +75,13 @@ def test_a_machine_without_a_gpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize("flags", [["--only", "decoding"], ["--sizes", "7B"]])
-def test_unknown_sizes_and_rows_are_refused(flags: list[str]) -> None:
-    done = run("--smoke", *flags)
-    assert done.returncode == 2 and f"unknown: {flags[1]}" in done.stderr
+def test_unknown_sizes_and_rows_are_refused(
+    flags: list[str], gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", *flags])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 2 and f"unknown: {flags[1]}" in capsys.readouterr().err
 
 
 def test_both_programs_share_the_weights_and_free_them(gpu: ModuleType, benchmark: Any) -> None:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+Rows = Callable[..., list[dict[str, Any]]]
 
 
-def rows(*words: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "engine.py", "--size", "tiny", "--quick", "--json", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER, timeout=250)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    for row in found:
-        assert set(row) == {"name", "ours", "other", "ratio", "bar", "pass"}
-        assert row["ours"] > 0 and row["other"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["other"])
-    return found
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rows:
+    """The rows of a command line, which runs in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import engine
+
+    def measured(*words: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["engine.py", "--size", "tiny", "--quick", "--json", *words])
+        engine.main()
+        found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+        for row in found:
+            assert set(row) == {"name", "ours", "other", "ratio", "bar", "pass"}
+            assert row["ours"] > 0 and row["other"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["other"])
+        return found
+
+    return measured
 
 
-def test_requests_that_begin_alike() -> None:
+def test_requests_that_begin_alike(rows: Rows) -> None:
     pytest.importorskip("mlx_lm")
     first, without, held = rows("--only", "prefixes")
     assert first["name"] == "first token (ms), 64 of 80 tokens shared, tiny" and first["ours"] == without["ours"]
@@ -32,7 +41,7 @@ def test_requests_that_begin_alike() -> None:
     assert held["pass"] and held["other"] / held["ours"] == pytest.approx(9 * 256 / (64 + 9 * 16), rel=0.01)
 
 
-def test_what_parts_of_a_step_cost() -> None:
+def test_what_parts_of_a_step_cost(rows: Rows) -> None:
     pytest.importorskip("llguidance")
     found = rows("--only", "extras,masks", "--steps", "2")
     assert [row["name"].split(",")[0] for row in found[:3]] == [
@@ -42,7 +51,7 @@ def test_what_parts_of_a_step_cost() -> None:
     assert len(masks) == 3 and all(row["name"].startswith("mask and its application beside ") for row in masks)
 
 
-def test_steps_beside_prompts() -> None:
+def test_steps_beside_prompts(rows: Rows) -> None:
     found = rows("--only", "steps")
     assert len(found) == 9
     for kind in ("4 bits", "bfloat16", "float32"):
@@ -56,7 +65,7 @@ def test_steps_beside_prompts() -> None:
 
 
 @pytest.mark.slow  # six numbers of two programs, each in a process of its own
-def test_batches_beside_mlx_lm() -> None:
+def test_batches_beside_mlx_lm(rows: Rows) -> None:
     pytest.importorskip("mlx_lm")
     found = rows("--only", "batches")
     bars = {row["name"]: row["bar"] for row in found if row["bar"] is not None}

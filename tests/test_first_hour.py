@@ -67,8 +67,10 @@ SHORT_TEXT = ("--num-samples", "2", "--sequence-length", "32")
 def test_a_quantized_model_is_quantized_by_the_two_commands_of_the_message(
     args: tuple[Any, ...], bits: int, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("export", "--format", "gguf", "--gguf-type", "q8_0", "--output", "my model.gguf") == 0
-    assert run("convert", "--mlx-path", "packed") == 0
+    if "my model.gguf" in args:
+        assert run("export", "--format", "gguf", "--gguf-type", "q8_0", "--output", "my model.gguf") == 0
+    if "packed" in args:
+        assert run("convert", "--mlx-path", "packed") == 0
     line = refused(capfd, *args)
     assert ("quantize the original" in line) == ("--model" in args)  # `tiny` has none
     commands = [
@@ -113,15 +115,20 @@ def test_doctor_says_what_a_slow_blas_affects(
 
 def test_a_closed_log_does_not_end_a_training_run(here: Path) -> None:
     (here / "train.jsonl").write_text('{"text": "To be, or not to be, that is the question."}\n' * 40)
-    command = [sys.executable, "-m", "mlx_openelm", "lora", "--train", "--data", "train.jsonl", "--iters", "6"]
-    command += ["--steps-per-report", "1", "--save-every", "3", "--batch-size", "1", "--num-layers", "1"]
+    # Without the picture of the losses, which takes as long as all the rest.
+    code = (
+        "from mlx_openelm.training.run import metrics; from mlx_openelm.cli.main import main\n"
+        "metrics.draw = lambda curves, path, title='': path.write_bytes(b'')\nmain()"
+    )
+    command = [sys.executable, "-c", code, "lora", "--train", "--data", "train.jsonl", "--iters", "3"]
+    command += ["--steps-per-report", "1", "--save-every", "2", "--batch-size", "1", "--num-layers", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stderr.readline()
         process.stderr.close()  # as `2>&1 | head -1` does
         out = process.stdout.read().decode()
         assert process.wait(120) == 0
-    assert "Trained 6 steps" in out
+    assert "Trained 3 steps" in out
     assert (here / "adapters" / "adapters.safetensors").is_file()
     assert sorted(path.name for path in (here / "adapters" / "checkpoints").iterdir())
 

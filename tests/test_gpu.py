@@ -21,7 +21,7 @@ from mlx_openelm.model import OpenELM
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_devices import FIXTURES, SHAKESPEARE, assert_close, computed, needs_gpu, needs_real_gpu
+from gpu_devices import FIXTURES, SHAKESPEARE, STAND_IN, assert_close, computed, needs_gpu, needs_real_gpu
 from processes import environment
 from test_model import rule_weights
 
@@ -68,8 +68,9 @@ def test_quantized_weights_stay_packed_and_give_text(reference, tmp_path):
     convert(SHAKESPEARE, tmp_path / "packed", quantize=True, q_bits=8)
     model, tokenizer = load(tmp_path / "packed")
     assert not model.expanded
-    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=48)]
-    agreeing = sum(a == b for a, b in zip(tokens, reference["greedy"][0], strict=True))
+    count = 16 if STAND_IN else 48
+    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=count)]
+    agreeing = sum(a == b for a, b in zip(tokens, reference["greedy"][0][:count], strict=True))
     assert agreeing >= 8
     assert tokenizer.decode(tokens)
 

@@ -17,13 +17,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from decoding_models import make_model
-from gpu_devices import FIXTURES, SHAKESPEARE, computed, needs_gpu, slow_on_a_stand_in
+from gpu_devices import FIXTURES, SHAKESPEARE, STAND_IN, computed, needs_gpu, slow_on_a_stand_in
 from lone_runs import ERROR, TOKENIZER, Subject, check, each_dtype, each_subject, lone, plays, wide
 from test_engine import ADAPTERS, finish
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 
 KV_BITS: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32}
+
+
+def few(tokens: int) -> int:
+    """So many tokens; on a stand-in, which is slow, half as many of a long text."""
+    return tokens // 2 if STAND_IN and tokens > 6 else tokens
 
 
 def every_third(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -33,18 +38,18 @@ def every_third(tokens: mx.array, logits: mx.array) -> mx.array:
 
 # Prompts of these lengths, with these options.
 ROWS: list[tuple[int, dict[str, Any]]] = [
-    (1, {"max_tokens": 30}),
+    (1, {"max_tokens": few(30)}),
     (40, {"max_tokens": 3}),
-    (9, {"max_tokens": 20, "temp": 0.9, "seed": 3}),
-    (25, {"max_tokens": 20, "temp": 1.2, "seed": 4, "top_p": 0.9, "top_k": 40, "top_logprobs": 3}),
-    (20, {"max_tokens": 12, **KV_BITS}),
+    (9, {"max_tokens": few(20), "temp": 0.9, "seed": 3}),
+    (25, {"max_tokens": few(20), "temp": 1.2, "seed": 4, "top_p": 0.9, "top_k": 40, "top_logprobs": 3}),
+    (20, {"max_tokens": few(12), **KV_BITS}),
     (12, {"max_tokens": 16, **KV_BITS, "quantized_kv_start": 20}),
-    (30, {"max_tokens": 20, "max_kv_size": 16}),
-    (7, {"max_tokens": 20, "max_kv_size": 12, "temp": 0.7, "seed": 5}),
-    (15, {"max_tokens": 12, "repetition_penalty": 1.3, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}}),
-    (33, {"max_tokens": 12, "prefill_step_size": 7, "top_logprobs": 2}),
+    (30, {"max_tokens": few(20), "max_kv_size": 16}),
+    (7, {"max_tokens": few(20), "max_kv_size": 12, "temp": 0.7, "seed": 5}),
+    (15, {"max_tokens": few(12), "repetition_penalty": 1.3, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}}),
+    (33, {"max_tokens": few(12), "prefill_step_size": 7, "top_logprobs": 2}),
     (254, {"max_tokens": 6}),
-    (18, {"max_tokens": 12, "logits_processors": [every_third]}),
+    (18, {"max_tokens": few(12), "logits_processors": [every_third]}),
 ]
 
 
@@ -54,12 +59,12 @@ def test_rows_join_and_leave(make):
     subject = make()
     engine = Engine(subject.model, TOKENIZER, max_rows=4)
     rows = [engine.submit(subject.prompt(length, 3 * n), **options) for n, (length, options) in enumerate(ROWS)]
-    rows.append(engine.submit(subject.prompt(5), max_tokens=40))
+    rows.append(engine.submit(subject.prompt(5), max_tokens=few(40)))
     assert set(finish(engine)) >= {1, 2, 3, 4}
     for row in rows:
         check(row, subject)
     start = len(rows[-2].request.prompt)
-    assert [token % 3 for token in rows[-2].tokens] == [(start + n) % 3 for n in range(12)]
+    assert [token % 3 for token in rows[-2].tokens] == [(start + n) % 3 for n in range(few(12))]
 
 
 @each_subject
@@ -108,9 +113,9 @@ def test_batch_generate(make):
     subject = make()
     options: dict[str, Any] = {"temp": [0.0, 0.9, 0.0], "seed": [0, 7, 1], "max_kv_size": [None, None, 16]}
     prompts = [subject.prompt(length) for length in (20, 7, 31)]
-    results = batch_generate(subject.model, TOKENIZER, prompts, max_tokens=12, max_rows=2, **options)
+    results = batch_generate(subject.model, TOKENIZER, prompts, max_tokens=few(12), max_rows=2, **options)
     for n, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        each = GenerationOptions(max_tokens=12, **{name: values[n] for name, values in options.items()})
+        each = GenerationOptions(max_tokens=few(12), **{name: values[n] for name, values in options.items()})
         check(result, subject, make_request(subject.model, TOKENIZER, prompt, each))
 
 
@@ -135,7 +140,7 @@ def test_drafts_change_nothing(make, source):
     by_lookup = source == "lookup"
     kinds = [*DRAFTS, (2, 27, {"temp": 0.5, "seed": 2})] if by_lookup else DRAFTS
     engine = Engine(subject.model, TOKENIZER, draft_model=None if by_lookup else subject.model)
-    common: dict[str, Any] = {"max_tokens": 16, "prompt_lookup": by_lookup}
+    common: dict[str, Any] = {"max_tokens": few(24 if by_lookup and STAND_IN else 16), "prompt_lookup": by_lookup}
     rows = [
         engine.submit(subject.prompt(length) * 2, num_draft_tokens=count, **common, **options)
         for count, length, options in kinds
@@ -185,12 +190,14 @@ def test_rows_have_adapters_of_their_own(dtype):
     rows = []
     for n, name in enumerate(names):
         options: dict[str, Any] = {"adapter": None if name is None else FIXTURES / name, "num_draft_tokens": n % 3}
-        rows.append(engine.submit(subjects[None].prompt(5 + 6 * n), max_tokens=8, prompt_lookup=n % 3 > 0, **options))
+        rows.append(
+            engine.submit(subjects[None].prompt(5 + 6 * n), max_tokens=few(8), prompt_lookup=n % 3 > 0, **options)
+        )
     finish(engine)
     for row, name in zip(rows, names, strict=True):
         check(row, subjects[name])
     other = computed("cpu", lone, subjects[None].exact, rows[0].request, rows[0].tokens)
-    assert np.abs(other[np.arange(8), rows[0].tokens] - rows[0].logprobs).max() > ERROR[dtype]  # adapters matter
+    assert np.abs(other[np.arange(few(8)), rows[0].tokens] - rows[0].logprobs).max() > ERROR[dtype]  # adapters matter
 
 
 @pytest.mark.parametrize("options", [{}, KV_BITS, {"max_kv_size": 64}], ids=str)

@@ -37,6 +37,7 @@ from gpu_devices import (
     computed,
     needs_gpu,
     on,
+    slow_on_a_stand_in,
 )
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import tiny_model
@@ -223,6 +224,7 @@ def learned(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "changes", [{}, pytest.param({"fine_tune_type": "dora"}, marks=pytest.mark.slow), {"packing": True}], ids=str
 )
+@slow_on_a_stand_in
 def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path, monkeypatch):
     """Up to rounding: a GPU may sum in varying order."""
     write_run_folder(tmp_path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import re
-import subprocess
-import sys
 
 from mlx_openelm import console
 from mlx_openelm.cli.help_text import render
@@ -14,7 +12,6 @@ from mlx_openelm.cli.main import COMMANDS, _program, command, main
 from mlx_openelm.training.run.progress import RunProgress
 
 import pytest
-from processes import environment
 
 WIDTHS = (60, 80, 120)
 
@@ -116,12 +113,13 @@ def test_examples_can_be_copied() -> None:
 @pytest.mark.covering
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("words", [["doctor"], ["info", "tiny"], ["info", "3b"]])
-def test_reports_fit_the_width(words: list[str], columns: int) -> None:
-    command_line = [sys.executable, "-m", "mlx_openelm", *words]
-    env = environment()
-    env.pop("COLUMNS", None)
-    whole = subprocess.run(command_line, capture_output=True, text=True, env=env).stdout
-    narrow = subprocess.run(command_line, capture_output=True, text=True, env=env | {"COLUMNS": str(columns)}).stdout
+def test_reports_fit_the_width(
+    words: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = output(capsys, *words)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = output(capsys, *words)
     assert max(map(len, whole.splitlines())) > columns
     assert max(map(len, narrow.splitlines())) <= columns
     texts = [re.sub(r"[█\d.\s]+", "", text) for text in (whole, narrow)]

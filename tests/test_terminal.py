@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import shlex
-import subprocess
+import struct
 import sys
-from pathlib import Path
+import termios
 
+from mlx_openelm import Tokenizer, load
+from mlx_openelm.cli.main import main
 from mlx_openelm.cli.terminal import folded
 
 import pytest
+from huggingface_hub import constants
+from in_process import run_here
 from terminals import run_on_terminal
 
-ROOT = Path(__file__).parent.parent
 TO_TYPE = "hf download apple/OpenELM-270M-Instruct --local-dir OpenELM-270M-Instruct"
 
 
-def piped(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_openelm", *words]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+def shown_here(columns: int, *words: str) -> str:
+    """What a command shows on a terminal of this width, run in this process; less than the terminal holds unread."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with pytest.MonkeyPatch.context() as patch, open(child, "w", encoding="utf-8") as stream:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
+        with pytest.raises(SystemExit):
+            main(words)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while part := os.read(parent, 1 << 16):
+            shown += part
+    os.close(parent)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def prompt_of(tokenizer: Tokenizer, tokens: int) -> str:
+    """A prompt of about so many tokens, less than ten more."""
+    prompt = "hi"
+    while len(tokenizer.encode(prompt)) < tokens:
+        prompt += " hi hi"
+    return prompt
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_an_error_is_folded_between_words(columns: int) -> None:
-    shown = run_on_terminal(columns, "generate", "hi", "--model", "270m-instruct")
+    shown = shown_here(columns, "generate", "hi", "--model", "270m-instruct")
     assert shown.startswith("error: HF_HUB_OFFLINE is set and apple/OpenELM-270M-Instruct")
     assert columns - 30 < max(map(len, shown.splitlines())) <= columns
     assert f"run\n  {TO_TYPE}\nand\n  hf " in shown.replace(" \\\n     ", "")
@@ -34,8 +61,17 @@ def test_an_error_is_folded_between_words(columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [{}, {"COLUMNS": "60"}])
-def test_an_error_that_is_piped_is_one_line(columns: dict[str, str]) -> None:
-    line = piped("generate", "hi", "--model", "270m-instruct", env=columns).stderr
+def test_an_error_that_is_piped_is_one_line(
+    columns: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.delenv("COLUMNS", raising=False)
+        for name, value in columns.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            main(["generate", "hi", "--model", "270m-instruct"])
+    line = capsys.readouterr().err
     assert line.count("\n") == 1 and len(line) > 300 and f"run `{TO_TYPE}` and " in line
 
 
@@ -63,17 +99,21 @@ def test_short_commands_stay_in_the_sentence_and_in_one_piece() -> None:
 
 
 def test_a_warning_does_not_go_into_the_text() -> None:
-    shown = run_on_terminal(80, "generate", "hi", "--max-tokens", "515")
+    _, tokenizer = load("tiny")
+    prompt = prompt_of(tokenizer, 490)
+    words = ("generate", prompt, "--max-tokens", 517 - len(tokenizer.encode(prompt)))
+    shown = run_on_terminal(80, *words)
     lines = shown.splitlines()
     at = next(index for index, line in enumerate(lines) if "warning:" in line)
     assert lines[at].startswith("warning: The text is now longer than the 512 tokens the model was trained on;")
-    text = piped("generate", "hi", "--max-tokens", "515").stdout.rstrip("\n")
+    text = run_here(*words).stdout.rstrip("\n")
     on_terminal = "\n".join([*lines[:at], *lines[at + 2 :]])  # the warning takes two lines
     assert text not in on_terminal  # which has a line break more, before the warning
     assert re.sub(r"\s", "", on_terminal).startswith(re.sub(r"\s", "", text))
 
 
 def test_statistics_say_that_the_positions_ended() -> None:
-    for tokens, end in ((2000, " (the model's last position)"), (4, "")):
-        shown = run_on_terminal(120, "generate", "hi", "--max-tokens", tokens)
+    long = prompt_of(load("tiny")[1], 1000)  # of 1024
+    for prompt, tokens, end in ((long, 2000, " (the model's last position)"), ("hi", 4, "")):
+        shown = run_on_terminal(120, "generate", prompt, "--max-tokens", tokens)
         assert f", finish reason: length{end}\n" in shown
