@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 
 from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.errors import RequestError, name_options
+from mlx_openelm.model import OpenELM
 from mlx_openelm.training.options import TrainOptions
 from mlx_openelm.training.run import planning
 from mlx_openelm.training.step.optimizers import make_optimizer
@@ -93,11 +95,17 @@ def test_estimates_of_the_270m_size_are_within_15_percent(shape):
     assert measured(shape) == pytest.approx(1, abs=0.15)
 
 
-def planned(**options: object) -> planning.Plan:
+@cache
+def adapted() -> OpenELM:
+    """A model with an adapter, which no plan changes."""
     model, _ = load("tiny", expand=True)
     attach_new(model, rank=4)
+    return model
+
+
+def planned(**options: object) -> planning.Plan:
     chosen = TrainOptions(**options)  # type: ignore[arg-type]
-    return planning.plan(Updater(model, make_optimizer(chosen)), chosen, (chosen.batch_size, 512))
+    return planning.plan(Updater(adapted(), make_optimizer(chosen)), chosen, (chosen.batch_size, 512))
 
 
 def test_a_run_that_fits_is_not_warned_about(monkeypatch):
