@@ -58,7 +58,7 @@ def here(tmp_path) -> Path:
     return write_run_folder(tmp_path)
 
 
-# One of the processes gets a signal in a step; each leaves its number in a file. They compute on the CPU, as the run does
+# One of the processes gets a signal in a step; each leaves its number in a file. They compute on the CPU, as does the run
 # that they are compared with.
 SIGNALLED = """
 import os, sys

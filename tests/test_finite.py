@@ -250,8 +250,8 @@ def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) 
     damage(tmp_path / "model", EMBEDDING, math.nan)
     for out, more in (("validated", ()), ("not", ("--val-batches", 0))):
         done = run_here(
-            "lora", "--model", "model", "--train", "--data", "data", "--iters", 4, "--adapter-path", out, "--batch-size", 2,
-            *more, folder=tmp_path,
+            "lora", "--model", "model", "--train", "--data", "data", "--iters", 4, "--adapter-path", out,
+            "--batch-size", 2, *more, folder=tmp_path,
         )  # fmt: skip
         assert done.returncode == 1, done.stderr
         last = done.stderr.splitlines()[-1]
