@@ -58,8 +58,8 @@ def here(tmp_path) -> Path:
     return write_run_folder(tmp_path)
 
 
-# One of the processes gets a signal in a step; each leaves its number in a file. They compute on the CPU, as does the run
-# that they are compared with.
+# One of the processes gets a signal in a step; each leaves its number in a file. They compute on the CPU, as the run
+# does with which they are compared.
 SIGNALLED = """
 import os, sys
 from pathlib import Path
