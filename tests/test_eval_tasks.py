@@ -20,7 +20,7 @@ import pretraining_runs
 import pytest
 
 DATA = Path(__file__).parent / "fixtures/evaluation/commonsense"
-TASKS = {"eval_tasks": "commonsense/openbookqa", "eval_tasks_data": str(DATA), "eval_tasks_limit": 3}
+TASKS = {"eval_tasks": "commonsense/openbookqa", "eval_tasks_data": str(DATA), "eval_tasks_limit": 2}
 PAIR = [("To be, or not", " to be, that is the question")]
 
 
@@ -62,17 +62,17 @@ def write(folder: Path, records: list[dict[str, str]]) -> Path:
 def test_lora_measures_the_weights_of_the_moment(tmp_path, measured):
     data = write(tmp_path / "data", [{"text": f"The king said {word}."} for word in ("no", "yes", "so", "go")])
     options = FineTuneOptions(
-        train=True, data=str(data), iters=5, batch_size=2, learning_rate=1e-2, dropout=0.5,
+        train=True, data=str(data), iters=3, batch_size=2, learning_rate=1e-2, dropout=0.5,
         adapter_path=str(tmp_path / "adapter"), eval_tasks_every=2, val_batches=0, **TASKS,
     )  # fmt: skip
     finetune("tiny", options)
-    assert list(scores(tmp_path / "adapter")) == [2, 4, 5]
-    assert len(set(measured)) == 3
+    assert list(scores(tmp_path / "adapter")) == [2, 3]
+    assert len(set(measured)) == 2
     trained = Scorer(*load("tiny", tmp_path / "adapter", exact_activations=True))
     assert measured[-1] == pytest.approx(trained.log_likelihoods(PAIR)[0][0], abs=1e-3)
-    asked = EvaluateOptions(suite="commonsense", tasks=("openbookqa",), data=str(DATA), limit=3)
+    asked = EvaluateOptions(suite="commonsense", tasks=("openbookqa",), data=str(DATA), limit=2)
     result = evaluate("tiny", asked, adapter_path=tmp_path / "adapter", progress=False)
-    assert result.results["openbookqa"]["acc"] == scores(tmp_path / "adapter")[5]
+    assert result.results["openbookqa"]["acc"] == scores(tmp_path / "adapter")[3]
 
 
 def test_dpo_and_pretraining_measure_too(tmp_path, measured):
@@ -118,23 +118,23 @@ def test_a_mistake_leaves_the_run_that_would_be_replaced(tmp_path, hub):
     kept = tmp_path / "adapter/run.json"
     data = write(tmp_path / "data", [{"text": "The king said no."}] * 4)
     options = FineTuneOptions(
-        train=True, data=str(data), adapter_path=str(kept.parent), iters=1, val_batches=0, **TASKS
+        train=True, data=str(data), adapter_path=str(kept.parent), iters=1, batch_size=1, val_batches=0
     )  # fmt: skip
     finetune("tiny", options)
     before = kept.read_bytes()
+    wrong = {**TASKS, "eval_tasks": "commonsense/gsm8k"}
     with pytest.raises(RequestError, match="has no task 'gsm8k'"):
-        finetune("tiny", dataclasses.replace(options, eval_tasks="commonsense/gsm8k"), overwrite=True)
+        finetune("tiny", dataclasses.replace(options, **wrong), overwrite=True)
     assert kept.read_bytes() == before and (kept.parent / "adapters.safetensors").exists()
     kept = tmp_path / "pretrained/run.json"
     (tmp_path / "run").mkdir()
     folder = pretraining_runs.write_folder(tmp_path / "run")
-    given = {"data": (str(folder / "data"),), "output": str(kept.parent), "iters": 3}
+    given = {"data": (str(folder / "data"),), "output": str(kept.parent), "iters": 1, "warmup": 0}
     loading = Loading(tokenizer=str(folder / "tokenizer"))
     pretrain(pretraining_runs.SIZES, pretraining_runs.options(**given), loading=loading)
     before = kept.read_bytes()
-    wrong = pretraining_runs.options(**given, **{**TASKS, "eval_tasks": "commonsense/gsm8k"})
     with pytest.raises(RequestError, match="has no task 'gsm8k'"):
-        pretrain(pretraining_runs.SIZES, wrong, loading=loading, overwrite=True)
+        pretrain(pretraining_runs.SIZES, pretraining_runs.options(**given, **wrong), loading=loading, overwrite=True)
     assert kept.read_bytes() == before
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from mlx_openelm.training.step.strategy import CHUNK
 import mlx.core as mx
 import pytest
 import training_runs
+from in_process import run_here
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import FIXTURES, random_windows, tiny_model, write_tiny
 from test_trainer import Counting
@@ -168,11 +167,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return damage(write_tiny(tmp_path_factory.mktemp("finite") / "broken"), EMBEDDING, math.nan)
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=training_runs.environment())
-
-
 @pytest.mark.parametrize(
     "args",
     [
@@ -183,7 +177,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     ids=str,
 )
 def test_commands_end_with_a_one_line_error(broken: Path, args: tuple[object, ...]) -> None:
-    done = run(*args, "--model", broken)
+    done = run_here(*args, "--model", broken)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     last = done.stderr.splitlines()[-1]
     assert "not finite" in last and f"{EMBEDDING} holds NaN or infinity" in last
@@ -255,9 +249,9 @@ def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) 
     training_runs.write_run_folder(tmp_path)
     damage(tmp_path / "model", EMBEDDING, math.nan)
     for out, more in (("validated", ()), ("not", ("--val-batches", 0))):
-        done = training_runs.run(
-            "--model", "model", "--train", "--data", "data", "--iters", 4, "--adapter-path", out, "--batch-size", 2,
-            *more, folder=tmp_path,
+        done = run_here(
+            "lora", "--model", "model", "--train", "--data", "data", "--iters", 4, "--adapter-path", out,
+            "--batch-size", 2, *more, folder=tmp_path,
         )  # fmt: skip
         assert done.returncode == 1, done.stderr
         last = done.stderr.splitlines()[-1]

@@ -23,6 +23,7 @@ from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.run.trainer import Result
 
 import pytest
+from in_process import run_here
 from training_runs import command, environment, metrics, run, trained, write_run_folder
 
 # Small enough to finish within a second.
@@ -141,7 +142,7 @@ def test_a_run_and_what_it_prints(folder):
     assert set(record["versions"]) == {"mlx_openelm", "mlx", "python"} and record["data"]["train"] == 23
 
     # Continued without a word about it, with more steps.
-    more = run("--resume", "--iters", 8, "--json", folder=folder)
+    more = run_here("lora", "--resume", "--iters", 8, "--json", folder=folder)
     assert more.returncode == 0, more.stderr
     result = json.loads(more.stdout)
     assert (result["steps"], result["total_steps"], result["stopped"]) == (8, 8, "finished")
@@ -149,7 +150,7 @@ def test_a_run_and_what_it_prints(folder):
     assert result["test_perplexity"] > 1 and result["tokens_per_second"] > 0 and result["peak_memory"] > 0
     assert metrics(folder / "adapters")[-1]["step"] == 8
 
-    refused = run(*SMALL, folder=folder)
+    refused = run_here("lora", *SMALL, folder=folder)
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.count("\n") == 1 and "--resume" in refused.stderr and "--overwrite" in refused.stderr
 
@@ -259,8 +260,7 @@ def test_errors_about_settings_name_the_file_they_came_from(folder, tmp_path, mo
     )
     assert exit_code(["lora", "-c", str(tmp_path / "lora.yaml"), "--data", "data", "--rank", "-1"]) == 2
     assert capsys.readouterr().err == "error: --rank must be 1 or more, got -1.\n"
-    run(*SMALL, "--iters", 2, "--adapter-path", "saved", folder=folder)
-    capsys.readouterr()
+    run_here("lora", *SMALL, "--iters", 2, "--val-batches", 0, "--adapter-path", "saved", folder=folder)
     assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--early-stop", "2", "--val-batches", "0"]) == 2
     assert "saved" not in capsys.readouterr().err
     assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--iters", "1"]) == 2
@@ -342,16 +342,17 @@ def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(folder, tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        stopped = run(*SMALL, "--adapter-path", disk / "run", "--save-every", 1, "--keep-last", 9, folder=folder)
+        words = (*SMALL, "--adapter-path", disk / "run", "--save-every", 1, "--keep-last", 9)
+        stopped = run_here("lora", *words, folder=folder)
         assert stopped.returncode == 1
         errors = [line for line in stopped.stderr.splitlines() if "error" in line]
         assert len(errors) == 1 and "No space left on device" in errors[0] and "is intact" in errors[0], errors
         subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
-        resumed = run("--resume", "--adapter-path", disk / "run", folder=folder)
+        resumed = run_here("lora", "--resume", "--adapter-path", disk / "run", folder=folder)
         assert resumed.returncode == 0, resumed.stderr
-        whole = run(*SMALL, "--adapter-path", "whole", "--save-every", 1, folder=folder)
+        whole = run_here("lora", *SMALL, "--adapter-path", "whole", "--save-every", 1, folder=folder)
         assert whole.returncode == 0
         assert trained(disk / "run") == trained(folder / "whole")
         assert metrics(disk / "run") == metrics(folder / "whole")
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)

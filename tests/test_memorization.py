@@ -26,9 +26,8 @@ def test_what_greedy_decoding_continues_counts_as_memorized(tmp_path):
     lines = (Path(__file__).parent / "fixtures/valid.jsonl").read_text().splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split()
     known, other = [], []
-    for number in range(8):
-        prompt = " ".join(words[number * 60 : number * 60 + memorization.PROMPT_WORDS])
-        [found] = batch_generate(model, tokenizer, [prompt], max_tokens=80)
+    prompts = [" ".join(words[number * 60 : number * 60 + memorization.PROMPT_WORDS]) for number in range(5)]
+    for prompt, found in zip(prompts, batch_generate(model, tokenizer, prompts, max_tokens=80), strict=True):
         ids = [*tokenizer.encode(prompt), *found.tokens]
         count = memorization.PROMPT_WORDS + memorization.NEXT_WORDS
         continued = re.match(rf"(\s*\S+){{{count}}}", prompt + found.text)

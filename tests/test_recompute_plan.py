@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
+from mlx_openelm.model import OpenELM
 from mlx_openelm.training.options import LAYERS, NOTHING, PARTS, FineTuneOptions, TrainOptions
 from mlx_openelm.training.run import planning
 from mlx_openelm.training.run.activations import Shape
@@ -20,6 +22,7 @@ from mlx_openelm.training.step.updater import Updater
 
 import pytest
 import training_runs
+from in_process import run_here
 
 
 @pytest.fixture
@@ -29,11 +32,17 @@ def cuda(monkeypatch) -> None:
     monkeypatch.setattr(planning, "fuses_attention_gradient", lambda dtype, head_dim: True)
 
 
-def plan(**options: object) -> planning.Plan:
+@cache
+def adapted() -> OpenELM:
+    """A model with an adapter, which no plan changes."""
     model, _ = load("tiny", expand=True)
     attach_new(model, rank=4)
+    return model
+
+
+def plan(**options: object) -> planning.Plan:
     chosen = TrainOptions(**options)  # type: ignore[arg-type]
-    return planning.plan(Updater(model, make_optimizer(chosen)), chosen, (16, 1024))
+    return planning.plan(Updater(adapted(), make_optimizer(chosen)), chosen, (16, 1024))
 
 
 def give(monkeypatch, free: float | None) -> None:
@@ -122,7 +131,7 @@ def test_the_choice_is_kept_in_the_runs_record(tmp_path: Path):
     words = ["--model", "model", "--train", "--data", "data", "--iters", 2, "--batch-size", 2, "--val-batches", 0]
     losses = {}
     for level in ("auto", NOTHING):
-        done = training_runs.run(*words, "--recompute", level, "--adapter-path", level, folder=tmp_path)
+        done = run_here("lora", *words, "--recompute", level, "--adapter-path", level, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert ("nothing is recomputed" in done.stderr) == (level == NOTHING)
         record = json.loads((tmp_path / level / "run.json").read_text())

@@ -128,7 +128,7 @@ METHODS = {
 def test_gradients_equal_the_plain_models(model, method, recompute):
     METHODS[method](model)
     model.train()
-    batch = rows_of(sequences([150, 60, 3]), masked=1)  # several blocks of queries, padding, prompts
+    batch = rows_of(sequences([140, 20, 3]), masked=1)  # several blocks of queries, padding, prompts
     loss, expected = plain_gradients(model, batch)
     value, gradients = our_gradients(model, [batch], recompute=recompute)
     assert value == pytest.approx(loss, rel=1e-5)
@@ -137,7 +137,7 @@ def test_gradients_equal_the_plain_models(model, method, recompute):
 
 def test_gradients_agree_with_finite_differences(model):
     adapt(model)
-    batch = rows_of(sequences([150, 20]))
+    batch = rows_of(sequences([140, 3]))
     _, gradients = our_gradients(model, [batch])
     updater = Updater(model, optim.SGD(0.0))
     for name in ("transformer.layers.0.attn.qkv_proj.lora_b", "transformer.token_embeddings.lora_b"):
@@ -222,14 +222,14 @@ def test_padding_changes_nothing(model):
     assert_equal_gradients(gradients, expected, 1e-5)
 
 
-@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_packed_examples_do_not_attend_to_each_other(model, recompute):
+def test_packed_examples_do_not_attend_to_each_other(model):
     adapt(model)
     examples = sequences([140, 9, 77])
     loss, expected = our_gradients(model, [rows_of([tokens]) for tokens in examples])
-    value, gradients = our_gradients(model, [packed(examples, 240)], recompute=recompute)
-    assert value == pytest.approx(loss, rel=1e-5)
-    assert_equal_gradients(gradients, expected)
+    for recompute in (NOTHING, PARTS, LAYERS):
+        value, gradients = our_gradients(model, [packed(examples, 240)], recompute=recompute)
+        assert value == pytest.approx(loss, rel=1e-5)
+        assert_equal_gradients(gradients, expected)
     apart = evaluate(model, [rows_of([tokens]) for tokens in examples])
     together = evaluate(model, [packed(examples, 240)])
     assert together.tokens == apart.tokens
@@ -286,19 +286,19 @@ def test_the_learning_rate_of_each_update_is_used(model):
 
 def test_state_restores_bit_for_bit(model):
     adapt(model, dropout=0.2)
-    batches = [rows_of(sequences([20, 31], seed=seed)) for seed in range(6)]
+    batches = [rows_of(sequences([9, 14], seed=seed)) for seed in range(4)]
     updater = Updater(model, optim.AdamW(1e-2), seed=7)
 
     def run(updater: Updater, steps: range) -> list[float]:
         return [updater.update([batches[i]], batches[i].num_targets, 1e-2, i).loss.item() for i in steps]
 
-    run(updater, range(3))
+    run(updater, range(2))
     middle = updater.state()
     mx.eval(middle)
-    losses, end = run(updater, range(3, 6)), updater.state()
+    losses, end = run(updater, range(2, 4)), updater.state()
     again = Updater(model, optim.AdamW(1e-2), seed=7)
     again.restore(middle)
-    assert run(again, range(3, 6)) == losses
+    assert run(again, range(2, 4)) == losses
     assert again.state().keys() == end.keys()
     assert all(mx.array_equal(again.state()[name], value).item() for name, value in end.items())
 
@@ -336,7 +336,7 @@ def test_dropout_uses_the_same_masks_in_the_backward_pass(model, recompute):
 def test_dropout_differs_between_steps_but_not_between_runs(model):
     adapt(model, dropout=0.5)
     model.train()
-    batch = rows_of(sequences([40]))
+    batch = rows_of(sequences([12]))
 
     def loss(step: int, seed: int = 0) -> float:
         updater = Updater(model, optim.SGD(0.0), seed=seed)
@@ -431,10 +431,10 @@ def test_an_update_of_a_weight_and_its_copy_are_one_kernel(tmp_path):
 def test_training_learns_and_leaves_the_base_unchanged(model):
     base = dict(tree_flatten(model.parameters()))
     attach_new(model, rank=8, scale=4.0)
-    batch = rows_of(sequences([60, 60]))
-    updater = Updater(model, optim.Adam(1e-2))
-    losses = [updater.update([batch], batch.num_targets, 1e-2, step).loss.item() for step in range(15)]
-    assert losses[-1] < losses[0] - 2
+    batch = rows_of(sequences([12, 12]))
+    updater = Updater(model, optim.Adam(1e-3))
+    losses = [updater.update([batch], batch.num_targets, 1e-3, step).loss.item() for step in range(6)]
+    assert losses[-1] < losses[0] / 2
     detach(model)
     assert all(mx.array_equal(value, base[name]).item() for name, value in tree_flatten(model.parameters()))
 
@@ -495,15 +495,15 @@ def kept(model: OpenELM, batch: Batch, objective: Objective, recompute: str = PA
 
 @pytest.fixture(scope="module")
 def wide() -> OpenELM:
-    """A model whose logits would be most of its memory: 4000 of them beside 256 features."""
+    """A model whose logits would be most of its memory: 2000 of them beside 128 features."""
     config = ModelConfig.from_dict(
         {
             "num_transformer_layers": 4,
-            "model_dim": 256,
-            "head_dim": 64,
+            "model_dim": 128,
+            "head_dim": 32,
             "ffn_multipliers": [1.0, 4.0],
             "qkv_multipliers": [0.5, 1.0],
-            "vocab_size": 4000,
+            "vocab_size": 2000,
             "max_context_length": 512,
             "rope_max_length": 1024,
         }
@@ -536,36 +536,36 @@ class Plain(CrossEntropy):
 
 @pytest.mark.parametrize("recompute", [PARTS, pytest.param(LAYERS, marks=pytest.mark.slow)])
 def test_the_loss_adds_little_memory_to_a_step(wide, recompute):
-    batch = rows_of(sequences([513, 513], vocab=4000))
+    batch = rows_of(sequences([513, 513], vocab=2000))
     ours = peak(wide, batch, recompute=recompute)
     assert ours <= 1.1 * peak(wide, batch, recompute=recompute, objective=Squares())
 
 
 def test_micro_batches_are_computed_one_after_the_other(wide):
-    batch = rows_of(sequences([129, 129], vocab=4000))
+    batch = rows_of(sequences([65, 65], vocab=2000))
     assert peak(wide, *[batch] * 3) <= 1.2 * peak(wide, batch)
 
 
 @pytest.mark.slow
 def test_recomputing_saves_memory(wide):
-    batch = rows_of(sequences([513, 513], vocab=4000))
+    batch = rows_of(sequences([513, 513], vocab=2000))
     # Four layers keep little; one layer's gradients are most of the peak.
     assert peak(wide, batch, recompute=LAYERS) < 0.9 * peak(wide, batch)
 
 
 @pytest.mark.parametrize("recompute", [pytest.param(NOTHING, marks=pytest.mark.slow), PARTS, LAYERS])
 def test_what_is_kept_for_the_backward_pass(wide, recompute):
-    batch = rows_of(sequences([513, 513], vocab=4000))
-    width = 2 * 512 * 4  # bytes of a value per position
+    batch = rows_of(sequences([257, 257], vocab=2000))
+    width = 2 * 256 * 4  # bytes of a value per position
     values = 0
     config = wide.config
     for queries, kv_heads, inner in zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True):
-        queries, kv = queries * 64, kv_heads * 64
+        queries, kv = queries * 32, kv_heads * 32
         # The input; queries, keys and values; attention's output; the second residual; gate and up.
-        values += {LAYERS: 256, PARTS: 2 * 256 + 2 * queries + 2 * kv + 2 * inner}.get(recompute, 0)
+        values += {LAYERS: 128, PARTS: 2 * 128 + 2 * queries + 2 * kv + 2 * inner}.get(recompute, 0)
         # Also the output of both norms and of SwiGLU.
-        values += 4 * 256 + 2 * queries + 2 * kv + 3 * inner if recompute == NOTHING else 0
-    values += 2 * 256  # the last layer's output, and its gradient from the loss
+        values += 4 * 128 + 2 * queries + 2 * kv + 3 * inner if recompute == NOTHING else 0
+    values += 2 * 128  # the last layer's output, and its gradient from the loss
     found = kept(wide, batch, CrossEntropy(), recompute)
     assert found == pytest.approx(values * width, rel=0.05)
     # The model's own forward pass; our kernels keep no attention weights either.
@@ -575,6 +575,6 @@ def test_what_is_kept_for_the_backward_pass(wide, recompute):
 
 def test_hidden_states_equal_the_models(model):
     adapt(model)
-    inputs = mx.array(sequences([260, 260]))
+    inputs = mx.array(sequences([140, 140]))
     ours = hidden_states(model, inputs, None)
     assert mx.abs(ours - model.hidden_states(inputs).reshape(ours.shape)).max().item() < 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from mlx_openelm import load
@@ -27,13 +28,15 @@ KINDS: dict[str, dict[str, Any]] = {
 TOKENS = mx.array([[1, 5, 900, 17, 33], [1, 8, 8, 41, 2000]])
 
 
+@cache
 def base() -> OpenELM:
+    """The model without an adapter, which no test changes."""
     return load("tiny", expand=True)[0]
 
 
 def adapted(**options: Any) -> OpenELM:
     """A model with a nonzero adapter."""
-    model = base()
+    model = load("tiny", expand=True)[0]
     attach_new(model, rank=4, scale=2.0, **options)
     changed = [
         (name, 0.3 + mx.random.normal(value.shape, key=mx.random.key(len(name))))

@@ -42,7 +42,7 @@ class SentencePieceEngine:
             raise RequestError(REWRITES.format(self.model_file))
         return normalized != kept
 
-    @property
+    @cached_property
     def model(self) -> SentencePieceModel:
         """The file's contents, with the rule for the space in front that applies here."""
         return replace(read_model(self.model_file), add_dummy_prefix=self.adds_space)
