@@ -44,8 +44,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def shortened(name: str, **options: Any) -> tuple[OpenELM, Tokenizer]:
-    """Two layers of `tiny` or of a fixture, a third of the time; with these, the text is still one of many words."""
-    model, tokenizer = load("tiny" if name == "tiny" else FIXTURES / name, **options)
+    """Two layers of a model, which take a third of the time; with these its text is still of many words."""
+    model, tokenizer = load(name if name.startswith("tiny") else FIXTURES / name, **options)
     model.transformer.layers = model.transformer.layers[:4:3]
     names = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
     lists: dict[str, Any] = {name: getattr(model.config, name)[:4:3] for name in names}
