@@ -122,7 +122,7 @@ def speculate(params, sampler, context, start, length):
     return [*drafted[: accepted.item()], token.item()]
 
 
-@pytest.mark.parametrize("changes", cases(FILTERS, ("temperature", "xtc", "all")))
+@pytest.mark.parametrize("changes", cases(FILTERS, ("temperature", "all")))
 def test_one_drafted_token_follows_the_target_and_is_accepted_as_often_as_possible(changes):
     check_one_token(SamplingParams(**changes))
 
@@ -138,12 +138,12 @@ def test_many_drafted_tokens_with_every_filter(changes, mask):
     check_one_token(SamplingParams(**changes), mask, rounds=10_000)
 
 
-@pytest.mark.parametrize("changes", cases(PENALTIES, ("frequency", "bias")))
+@pytest.mark.parametrize("changes", cases(PENALTIES, ("frequency",)))
 def test_one_drafted_token_with_penalties(changes):
     check_one_token(SamplingParams(temp=0.9, top_p=0.9, **changes))
 
 
-def check_one_token(params, mask=False, rounds=500):
+def check_one_token(params, mask=False, rounds=300):
     context = [1, 5, 5, 4]
     chance = params.xtc_probability
     pairs = [
@@ -176,7 +176,7 @@ def test_several_drafted_tokens_follow_the_joint_distribution(length):
     for token in np.flatnonzero(first):
         expected[token] = first[token] * exact(TARGET, [*context, int(token)], params, False)
     counts = np.zeros((VOCAB, VOCAB))
-    for seed in range(400):
+    for seed in range(160):
         sampler, text = make_sampler(params, key=make_key(seed)), []
         while len(text) < 2:
             text += speculate(params, sampler, [*context, *text], len(text), length)
@@ -227,7 +227,7 @@ def test_certain_drafts_leave_the_text_as_it_is(changes):
     """Drawn several at a time after whatever drafts, tokens are those of one call each."""
     params = SamplingParams(**changes)
     table = mx.array(TARGET - np.log(np.exp(TARGET).sum(-1, keepdims=True)))
-    for seed in range(4):
+    for seed in range(2):
         plain, token = [], 3
         sampler = make_sampler(params, special_ids=(2,), key=make_key(seed))
         for _ in range(30):

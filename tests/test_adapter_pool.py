@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm import backend, native
 from mlx_openelm.adapters.attaching import attach, attach_new, target_paths
@@ -94,13 +96,16 @@ class Lone:
     """Each adapter attached to a model of its own: logits of a prompt, and of a step after it."""
 
     def __init__(self, packing: Quantization | None, prompt: list[int]):
-        self.models = {name: alone(name, packing) for name in NAMES}
-        self.prompt = prompt
+        self.packing, self.prompt = packing, prompt
+        self.read: dict[str | None, tuple[OpenELM, mx.array, list[Any]]] = {}
 
     def __call__(self, name: str | None, token: int) -> tuple[mx.array, mx.array, mx.array]:
-        model = self.models[name]
-        cache = make_cache(model.config.num_transformer_layers)
-        first = model(mx.array([self.prompt]), cache)
+        if name not in self.read:
+            model = alone(name, self.packing)
+            cache = make_cache(model.config.num_transformer_layers)
+            self.read[name] = model, model(mx.array([self.prompt]), cache), cache
+        model, first, cache = self.read[name]
+        cache = [copy(layer) for layer in cache]
         hidden = model.hidden_states(mx.array([[token]]), cache)
         return first, hidden, model.logits(hidden)
 
@@ -143,7 +148,7 @@ def merged_step(
 def test_each_row_equals_its_adapter_alone_bit_for_bit(count: int, packing: Quantization | None, lone: Lone) -> None:
     pool = make_pool(load_model(packing))
     handles = {name: name and pool.acquire(name) for name in NAMES}
-    for start in range(0, len(NAMES), 2):
+    for start in range(0, len(NAMES), 2 if count < len(NAMES) else 5):  # in a few orders, if all fit
         names = [NAMES[(start + 3 * row) % len(NAMES)] for row in range(count)]
         tokens = [40 + 7 * row + start for row in range(count)]
         firsts, hidden, logits = merged_step(pool, lone, [handles[name] for name in names], tokens)
@@ -270,7 +275,12 @@ def test_adapters_are_read_once_and_the_least_recently_used_is_dropped() -> None
 
 def test_dropped_adapters_leave_no_memory() -> None:
     model = load_model()
-    pool = AdapterPool(model, read=lambda name: low_rank(model, 16, int(name)), max_bytes=30_000_000)
+
+    def read(name: str) -> Adapter:
+        return low_rank(model, 16, int(name), num_layers=2, target_modules=["proj_2", "out_proj"])
+
+    size = AdapterPool(model, read=read).acquire("0").nbytes
+    pool = AdapterPool(model, read=read, max_bytes=9 * size)
 
     def use(number: int) -> int:
         rows = [pool.acquire(str(number)), pool.acquire(str(number + 1))]
@@ -280,9 +290,7 @@ def test_dropped_adapters_leave_no_memory() -> None:
             pool.release(handle)
         return mx.get_active_memory()
 
-    size = pool.acquire("0").nbytes
-    assert 8 * size < 30_000_000
-    levels = [use(number) for number in range(0, 72, 2)]
+    levels = [use(number) for number in range(0, 54, 2)]
     assert max(levels[18:]) <= max(levels[9:18]) + size
 
 

@@ -85,12 +85,12 @@ def peak(engine: Engine) -> int:
     [
         (1, 30, {"max_tokens": 30}),
         (1, 500, {"max_tokens": 20}),
-        (8, 40, {"max_tokens": 20}),
-        (16, 250, {"max_tokens": 12}),  # all buffers grow in the same step
+        (8, 40, {"max_tokens": 10}),
+        (16, 250, {"max_tokens": 8}),  # all buffers grow in the same step
         (8, 40, {"max_tokens": 8, "temp": 0.8, "top_p": 0.9, "top_k": 50, "seed": 3, "top_logprobs": 3}),
         (8, 40, {"max_tokens": 8, "repetition_penalty": 1.2, "logit_bias": {5: 1.0}}),
-        (8, 150, {"max_tokens": 12, "kv_bits": 8}),
-        (12, 150, {"max_tokens": 12} | EVERY_KIND),
+        (8, 150, {"max_tokens": 8, "kv_bits": 8}),
+        (9, 150, {"max_tokens": 8} | EVERY_KIND),
         (6, 200, {"max_tokens": 12, "prefill_step_size": 200}),
     ],
     ids=str,
@@ -175,7 +175,7 @@ def test_prefixes_and_adapters_are_told_too() -> None:
     names = ["peft-lora", None, "peft-dora", "peft-lora-embedding"]
     for number in range(12):
         name = names[number % 4]
-        engine.submit([number, *range(3, 150)], max_tokens=20, adapter=None if name is None else FIXTURES / name)
+        engine.submit([number, *range(3, 150)], max_tokens=8, adapter=None if name is None else FIXTURES / name)
     expected = engine.expected_memory
     assert peak(engine) <= expected
     assert prefixes.nbytes > 0
@@ -186,14 +186,14 @@ def test_prefixes_and_adapters_are_told_too() -> None:
     [
         (1, 400, {"max_tokens": 30}),
         pytest.param(8, 100, {"max_tokens": 40, "num_draft_tokens": 4}, marks=pytest.mark.slow),
-        (3, 240, {"max_tokens": 20, "num_draft_tokens": [16, 0, None]}),
+        (3, 240, {"max_tokens": 12, "num_draft_tokens": [16, 0, None]}),
         pytest.param(
             *(6, 60, {"max_tokens": 24, "num_draft_tokens": 8, "temp": 0.9, "top_k": 50, "seed": 3}),
             marks=pytest.mark.slow,
         ),
-        (4, 40, {"max_tokens": 24, "num_draft_tokens": 64, "temp": 1.0, "seed": 3, "repetition_penalty": 1.1}),
-        (6, 150, {"max_tokens": 16, "num_draft_tokens": 3} | EVERY_KIND),
-        (6, 60, {"max_tokens": 30, "prompt_lookup": True, "num_draft_tokens": [8, 0]}),
+        (3, 40, {"max_tokens": 16, "num_draft_tokens": 64, "temp": 1.0, "seed": 3, "repetition_penalty": 1.1}),
+        (3, 150, {"max_tokens": 10, "num_draft_tokens": 3} | EVERY_KIND),
+        (4, 60, {"max_tokens": 20, "prompt_lookup": True, "num_draft_tokens": [8, 0]}),
     ],
     ids=str,
 )
@@ -235,14 +235,14 @@ def test_a_text_that_does_not_draft_needs_no_memory_for_it(loaded: tuple[OpenELM
 def test_rows_wait_for_the_memory_of_their_drafts(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     draft = model_of(6)
-    options: dict[str, Any] = {"max_tokens": 20, "num_draft_tokens": 4}
+    options: dict[str, Any] = {"max_tokens": 8, "num_draft_tokens": 4}
     free = Engine(model, tokenizer, draft_model=draft)
-    submit(free, 8, 100, **options)
+    submit(free, 5, 100, **options)
     limit = free.budget.total(list(free.waiting)[:3])
     mx.synchronize()
     before = mx.get_active_memory()
     engine = Engine(model, tokenizer, max_bytes=limit, draft_model=draft)
-    submit(engine, 8, 100, **options)
+    submit(engine, 5, 100, **options)
     most = 0
     mx.reset_peak_memory()
     while engine.is_busy:

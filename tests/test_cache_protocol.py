@@ -25,7 +25,7 @@ theirs = pytest.importorskip("mlx_lm.models.cache", reason="mlx-lm is not instal
 their_generate = pytest.importorskip("mlx_lm.generate", reason="mlx-lm is not installed")
 
 HEADS, DIM = 2, 32
-QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SINGLE = {
     "plain": lambda m: m.KVCache(),
     "quantized": lambda m: m.QuantizedKVCache(32, 8),

@@ -246,7 +246,7 @@ def test_a_long_conversation_leaves_out_its_oldest_exchanges(tiny: Any, processe
     model, tokenizer = tiny
     chat = Conversation(model, tokenizer, system="Be brief.", options=GenerationOptions(max_tokens=24))
     lengths, dropped = [], []
-    for number in range(40):
+    for number in range(24):
         processed.clear()
         answer(chat, f"Question {number}: who is there?")
         assert chat.stats is not None
@@ -258,7 +258,7 @@ def test_a_long_conversation_leaves_out_its_oldest_exchanges(tiny: Any, processe
         elif number:
             assert sum(processed) < 60 + 24
     assert 2 <= len(dropped) <= 5 and max(lengths) <= 512 - 24
-    assert len(chat.messages) == 80  # all of them are saved
+    assert len(chat.messages) == 48  # all of them are saved
     chat.reset()
     answer(chat, SAID[0])
     assert chat.left_out == 0
@@ -443,14 +443,11 @@ def test_an_adapter_changes_the_answers_and_drops_the_cache(
 
     data = tmp_path / "data"
     data.mkdir()
-    lines = [
-        json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ay."}]})
-        for text in SAID
-    ]
+    line = json.dumps({"messages": [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": "Ay."}]})
     for name in ("train", "valid"):
-        (data / f"{name}.jsonl").write_text("\n".join(lines * 4))
+        (data / f"{name}.jsonl").write_text(line)
     options = FineTuneOptions(
-        train=True, data=str(data), adapter_path=str(tmp_path / "ay"), iters=24, batch_size=4, learning_rate=3e-3
+        train=True, data=str(data), adapter_path=str(tmp_path / "ay"), iters=12, batch_size=1, learning_rate=5e-3
     )
     finetune("tiny-instruct", options)
     capsys.readouterr()

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import load
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import prefix_file
 from mlx_openelm.generation.cache_origin import Origin
@@ -16,6 +15,7 @@ from mlx_openelm.generation.prefix_tree import PrefixTree
 
 import mlx.core as mx
 import pytest
+from test_engine import shortened
 from test_prefix_tree import KINDS, MUCH, PLAIN, contents, new, process, put, requests
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load("tiny", dtype="float32")[0]
+    return shortened("tiny", dtype="float32")[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +78,16 @@ def test_what_was_saved_is_found_after_a_restart(model: Any, start: Any, tmp_pat
 def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, kind: str) -> None:
     """A memory that holds little, so that almost everything comes from files; a new process now and then."""
     options, reused = KINDS[kind], 0
-    tree = start(60_000)
+    tree = start(20_000)
     for n, (ids, _) in enumerate(requests(5, 26)):
         if n % 9 == 8:
             tree.save()
-            tree = start(60_000)
+            tree = start(20_000)
         reused += check(model, tree, ids, options)
         cache = new(model, options)
         process(model, ids, cache, 8)
         tree.insert(ids, cache)
-        assert tree.nbytes == contents(tree) <= 60_000
+        assert tree.nbytes == contents(tree) <= 20_000
     assert reused > 80
 
 
@@ -132,7 +132,7 @@ def test_files_of_other_weights_or_types_are_left_alone(
 
 def test_an_adapter_or_another_model_has_another_origin(model: Any, origin: Origin) -> None:
     """The names do not matter, the weights do."""
-    again = load("tiny", dtype="float32")[0]
+    again = shortened("tiny", dtype="float32")[0]
     assert Origin.of(again, "another name", "v1").fingerprint == origin.fingerprint
     layer = again.transformer.layers[0].attn.qkv_proj
     layer.weight = layer.weight + 1e-3
@@ -260,20 +260,20 @@ def test_a_second_process_in_the_same_folder(model: Any, start: Any) -> None:
 
 
 def test_the_files_stay_within_their_size(model: Any, start: Any, tmp_path: Path) -> None:
-    tree = start(1, 500_000)
-    for ids, _ in requests(9, 40):
+    tree = start(1, 120_000)
+    for ids, _ in requests(9, 30):
         put(model, tree, ids)
-        assert sum(path.stat().st_size for path in files(tmp_path)) <= 500_000
+        assert sum(path.stat().st_size for path in files(tmp_path)) <= 120_000
     assert len(files(tmp_path)) > 3
-    smaller = start(1, 100_000)
-    assert sum(path.stat().st_size for path in files(tmp_path)) <= 100_000
+    smaller = start(1, 35_000)
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 35_000
     nodes = [node for root in smaller._roots.values() for node in root.children.values()]
     assert len(smaller._files) <= len(files(tmp_path)) and all(not node.is_free or node.children for node in nodes)
 
 
 def test_no_nodes_are_left_of_files_that_were_removed(model: Any, start: Any, tmp_path: Path) -> None:
-    tree = start(1, 300_000)
-    for ids, _ in requests(9, 60):
+    tree = start(1, 100_000)
+    for ids, _ in requests(9, 40):
         put(model, tree, ids)
     count, todo = 0, list(tree._roots.values())
     while todo:

@@ -6,7 +6,7 @@ import gc
 import random
 from typing import Any
 
-from mlx_openelm import backend, load
+from mlx_openelm import backend
 from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.options import CacheOptions
@@ -14,6 +14,7 @@ from mlx_openelm.generation.prefix_tree import PrefixTree
 
 import mlx.core as mx
 import pytest
+from test_engine import shortened
 
 PLAIN = CacheOptions()
 KINDS = {
@@ -28,7 +29,7 @@ MUCH = 1 << 40
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load("tiny", dtype="float32")[0]
+    return shortened("tiny", dtype="float32")[0]
 
 
 def new(model: Any, options: CacheOptions) -> list[Any]:
@@ -76,7 +77,7 @@ def requests(seed: int, count: int) -> list[tuple[list[int], int]]:
 # Correctness.
 
 
-BUDGETS = {"all": MUCH, "some": 100_000, "little": 5_000}
+BUDGETS = {"all": MUCH, "some": 33_000, "little": 1_700}
 QUICK = {("growing", "all"), ("growing", "some"), ("8 bits", "little"), ("sliding", "all")}  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_random_requests_give_the_logits_of_plain_prefill(model: Any, kind: str,
                 logits, expected = process(model, ids[-1:], cache), process(model, ids[-1:], plain)
         tree.insert(ids, cache)
         assert tree.nbytes == contents(tree) <= budget
-    assert reused > {MUCH: 150, 100_000: 20}.get(budget, -1)
+    assert reused > {MUCH: 150, BUDGETS["some"]: 20}.get(budget, -1)
 
 
 def test_every_length_of_a_held_prefix_is_found(model: Any) -> None:
@@ -139,13 +140,13 @@ def test_a_request_does_not_change_what_is_held(model: Any) -> None:
         tree.insert(ids, cache)
         process(model, [1500] * 20, cache)  # the caller goes on with its own
         expected = None
-        for other in (700, 800, 900):
+        for other in (700, 800):
             fetched, length = tree.fetch([*ids, 5], options)
             assert length == 40
             logits = process(model, [5], fetched)
             expected = logits if expected is None else expected
             assert mx.array_equal(logits, expected)
-            for token in range(other, other + 30):
+            for token in range(other, other + 20):
                 process(model, [token], fetched)
 
 
@@ -180,15 +181,15 @@ def test_the_memory_in_use_is_what_is_counted(model: Any) -> None:
     for ids, _ in requests(3, 40):
         put(model, tree, ids)
     gc.collect()
-    assert mx.get_active_memory() - before == pytest.approx(tree.nbytes, rel=0.25, abs=200_000)
+    assert mx.get_active_memory() - before == pytest.approx(tree.nbytes, rel=0.25, abs=70_000)
     full, tree.max_bytes = tree.nbytes, tree.nbytes // 4
     put(model, tree, [9, 9])
     gc.collect()
     assert tree.nbytes <= full // 4
-    assert mx.get_active_memory() - before == pytest.approx(tree.nbytes, rel=0.5, abs=200_000)
+    assert mx.get_active_memory() - before == pytest.approx(tree.nbytes, rel=0.5, abs=70_000)
     tree.clear()
     gc.collect()
-    assert tree.nbytes == 0 and mx.get_active_memory() - before < 100_000
+    assert tree.nbytes == 0 and mx.get_active_memory() - before < 35_000
     assert tree.fetch([1, 2, 3])[1] == 0
 
 
@@ -247,7 +248,7 @@ def test_the_default_budget_is_a_share_of_the_free_memory(model: Any, monkeypatc
 def test_nothing_is_left_of_many_dropped_sequences(model: Any) -> None:
     """Neither nodes nor places in the order."""
     tree = PrefixTree(model, 50 * per_token(model))
-    for ids, _ in requests(11, 80):
+    for ids, _ in requests(11, 60):
         put(model, tree, ids)
     nodes, todo = 0, list(tree._root("", ("growing",)).children.values())
     while todo:
@@ -265,8 +266,8 @@ def test_caches_that_cannot_be_held(model: Any) -> None:
     process(model, [5, 6, 7], cache)
     with pytest.raises(RequestError, match="There are 2 ids, and the prompt cache has seen 3 tokens"):
         tree.insert([5, 6], cache)
-    with pytest.raises(RequestError, match="for 5 layers, and the model has 6"):
-        tree.insert([5, 6, 7], cache[:5])
+    with pytest.raises(RequestError, match="for 1 layers, and the model has 2"):
+        tree.insert([5, 6, 7], cache[:1])
     batch = [BatchKVCache([0]) for _ in model.layers]
     process(model, [5, 6, 7], batch)
     with pytest.raises(RequestError, match="A BatchKVCache cannot be shared"):

@@ -78,22 +78,22 @@ def test_penalties_count_the_tokens_in_the_cache(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], penalty: dict, form: Callable
 ) -> None:
     """The same text as from the whole prompt, whatever part of it was in the cache."""
-    expected = [piece.token for piece in stream_generate(model, tokenizer, ids, max_tokens=24, **penalty)]
+    expected = [piece.token for piece in stream_generate(model, tokenizer, ids, max_tokens=12, **penalty)]
     for held in (1, 9, len(ids) - 1):
         cache, tokens = filled(model, ids[:held]), form(ids[:held])
-        options = {"prompt_cache": cache, "prompt_cache_tokens": tokens, "max_tokens": 24} | penalty
+        options = {"prompt_cache": cache, "prompt_cache_tokens": tokens, "max_tokens": 12} | penalty
         assert [p.token for p in stream_generate(model, tokenizer, ids[held:], **options)] == expected, held
     processors = make_logits_processors(SamplingParams(**penalty))
     cache, tokens = filled(model, ids[:9]), form(ids[:9])
     steps = generate_step(
-        model, ids[9:], max_tokens=24, logits_processors=processors, cache=cache, prompt_cache_tokens=tokens
+        model, ids[9:], max_tokens=12, logits_processors=processors, cache=cache, prompt_cache_tokens=tokens
     )
     assert [token for token, _ in steps] == expected
     text = generate(
-        model, tokenizer, ids[9:], prompt_cache=filled(model, ids[:9]), prompt_cache_tokens=tokens, max_tokens=24,
+        model, tokenizer, ids[9:], prompt_cache=filled(model, ids[:9]), prompt_cache_tokens=tokens, max_tokens=12,
         **penalty,
     )  # fmt: skip
-    assert text == generate(model, tokenizer, ids, max_tokens=24, **penalty)
+    assert text == generate(model, tokenizer, ids, max_tokens=12, **penalty)
 
 
 def test_without_the_ids_the_text_differs_and_a_warning_says_why(

@@ -76,10 +76,10 @@ def test_a_completion_is_the_text_of_a_lone_run(server: Serving) -> None:
     ],
 )
 def test_keys_are_options_of_the_engine(server: Serving, keys: dict[str, Any], options: dict[str, Any]) -> None:
-    expected = lone("JULIET. O", **options)
+    expected = lone("JULIET. O", echo=True, **options)
     body = {"prompt": "JULIET. O", **keys}
     (choice,) = server.post(COMPLETIONS, body).json()["choices"]
-    text = continuation("JULIET. O", **options)
+    text = text_of(expected).removeprefix("JULIET. O")
     assert (choice["text"], choice["finish_reason"]) == (text, expected[-1].finish_reason)
     chunks = server.stream(COMPLETIONS, {**body, "stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
@@ -349,7 +349,7 @@ def test_many_at_once_are_each_their_lone_run(server: Serving) -> None:
         return str(server.post(COMPLETIONS, body).json()["choices"][0]["text"])
 
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(ask, range(18)))
+        found = list(pool.map(ask, range(12)))
     for number, text in enumerate(found):
         assert text == continuation(f"Enter KING {number}", temp=number % 3 / 2, **options(number)), number
 

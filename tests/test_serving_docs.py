@@ -10,8 +10,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mlx_openelm.serving.protocol import ABOUT
 import httpx2
 import pytest
 import yaml
+from in_process import run_here
 from serve_processes import process
 from serving_apps import Serving, serving
 
@@ -61,11 +62,13 @@ def able(command: str) -> bool:
     return all(model.startswith("tiny") for model in models) and not re.search(r"my_|auto", command)
 
 
-def test_every_server_starts_and_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_server_starts_and_ends(tmp_path: Path, at_once: bool) -> None:
+    """One with the flags of all commands, or one for each of them."""
     commands = [command for command in lines(SERVING, "mlx-openelm serve") if able(command)]
     assert len(commands) >= 4
-    for command in commands:
-        flags = [word.replace("held", str(tmp_path / "held")) for word in shlex.split(command)[2:]]
+    given = [[word.replace("held", str(tmp_path / "held")) for word in shlex.split(one)[2:]] for one in commands]
+    for flags in [[*chain(*given)]] if at_once else given:
         with process(*flags) as started:
             assert httpx2.get(started.url + "/health").status_code == 200
             assert started.end(signal.SIGTERM)[0] == 0
@@ -75,10 +78,9 @@ def test_the_load_generator_runs(server: Serving) -> None:
     commands = lines(SERVING, "mlx-openelm bench")
     assert len(commands) == 2
     for command in commands:
-        words = shlex.split(command.replace(ADDRESS, server.url))[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_openelm", *words], cwd=ROOT, capture_output=True, text=True, timeout=100
-        )
+        assert " --seconds 2" in command
+        words = shlex.split(command.replace(ADDRESS, server.url).replace(" --seconds 2", " --seconds 0.5"))[1:]
+        done = run_here(*words)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["errors"] == {} if "--json" in words else re.search("Errors +none", done.stdout)
 
@@ -97,15 +99,14 @@ def test_the_lines_of_a_warm_file_are_right(server: Serving, tmp_path: Path) -> 
     assert [one.entry.name for one in read_warm(server.context, str(file))] == ["tiny", "chats"]
 
 
-def test_the_python_runs_as_written(server: Serving, tmp_path: Path) -> None:
+def test_the_python_runs_as_written(server: Serving, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openai")
     pytest.importorskip("pydantic")
     pytest.importorskip("llguidance")
-    script = tmp_path / "clients.py"
-    script.write_text("\n".join(blocks(CLIENTS, "python")).replace(ADDRESS, server.url))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "name='" in done.stdout and done.stdout.splitlines()[-1] == "2 64"
+    script = "\n".join(blocks(CLIENTS, "python")).replace(ADDRESS, server.url)
+    exec(compile(script, "clients.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    shown = capsys.readouterr().out
+    assert "name='" in shown and shown.splitlines()[-1] == "2 64"
 
 
 def test_the_systemd_unit() -> None:

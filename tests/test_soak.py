@@ -329,7 +329,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lam
 
 
 def test_some_requests(tmp_path: Path) -> None:
-    soak(tmp_path, 40, seed=1)
+    soak(tmp_path, 28, seed=1)
 
 
 @pytest.mark.slow

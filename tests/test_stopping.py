@@ -36,13 +36,13 @@ def cut(text, stops):
     return text, False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(PIECES, STOPS)
 def test_pieces_join_to_the_text_before_the_first_stop_string(pieces, stops):
     assert stream(stops, pieces) == cut("".join(pieces), stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(PIECES, STOPS)
 def test_the_earliest_occurrence_wins_unless_stop_strings_nest(pieces, stops):
     stops = [s for s in stops if not any(other in s[1:-1] for other in stops)]
@@ -51,7 +51,7 @@ def test_the_earliest_occurrence_wins_unless_stop_strings_nest(pieces, stops):
     assert stream(stops, pieces) == ((text[: min(starts)], True) if starts else (text, False))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(LETTERS, STOPS)
 @example("a", ["aba", "b"])  # "aba" can never be completed first
 @example("aab", ["abc", "bac"])
