@@ -146,8 +146,9 @@ def test_chosen_questions(tmp_path):
     every, some, same = (result.tasks["openbookqa"].scores["acc"] for result in found)
     assert some == same == [every[3], every[1]]
     with pytest.raises(RequestError, match="asks for question 99 of openbookqa, which has 16"):
-        options = EvaluateOptions(suite="commonsense", tasks=("obqa",), data=str(DATA), samples='{"openbookqa": [99]}')
-        evaluate("tiny", options)
+        samples = '{"openbookqa": [99]}'
+        options = EvaluateOptions(suite="commonsense", tasks=("boolq,obqa",), data=str(DATA), samples=samples)
+        evaluate("tiny", options, progress=lambda *shown: pytest.fail("a task began"))
 
 
 @pytest.mark.parametrize(
@@ -383,12 +384,12 @@ class TestLmEval:
         assert [result.tasks[name].questions for name in ("my_anatomy", "my_virology", "few")] == [2, 1, 3]
         for values, message in (
             ({"samples": '{"my_physics": [0]}'}, "samples names 'my_physics', which is not among the tasks"),
-            ({"samples": '{"my_anatomy": [999]}'}, "asks for question 999 of my_anatomy, which has"),
+            ({"samples": '{"my_virology": [999]}'}, "asks for question 999 of my_virology, which has"),
             ({"num_fewshot": 99}, "few: The task has 5 examples for its prompts, and 99 are wanted"),
         ):
             wrong = dataclasses.replace(options, limit=None, **{"samples": None, "num_fewshot": None, **values})
             with pytest.raises(OpenELMError, match=message):
-                evaluate("tiny", wrong, progress=False)
+                evaluate("tiny", wrong, progress=lambda *shown: pytest.fail("a task began"))
         (folder / "more.yaml").write_text("group: more\ntask:\n  - task: my_anatomy\n    num_fewshot: 1\n")
         twice = dataclasses.replace(options, tasks=("my_anatomy,more",), num_fewshot=None, limit=1)
         with pytest.raises(RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"):

@@ -112,12 +112,15 @@ def run(
     _check_samples(options.chosen, [one.name for one in wanted], manager)
     lm = OpenELMLM.of(scorer, chat_template=options.chat_template)
     shots: dict[str, int] = {}
-    for one in wanted:
-        try:
-            with data.local_first(options.data_folder):
-                loaded = _load(manager, one, options.num_fewshot)
-        except Exception as error:  # whatever a task's own code and its data raise
-            yield one.name, _reason(error, options.data, "--data"), []
+    tasks: Iterable[tuple[Wanted, Sequence[Any] | str]] = ((one, _loaded(manager, one, options)) for one in wanted)
+    if options.chosen:
+        tasks = list(tasks)
+        for one, loaded in tasks:
+            if not isinstance(loaded, str):
+                _samples(loaded, one.name, options.chosen, manager)  # before any runs
+    for one, loaded in tasks:
+        if isinstance(loaded, str):
+            yield one.name, loaded, []
             continue
         for task in _tasks_of(loaded):
             name, count = task.config.task, task.config.num_fewshot
@@ -138,6 +141,15 @@ def run(
             text = " ".join(str(error).split()).rstrip(".")
             raise OpenELMError(f"The task {one.name} failed: {type(error).__name__}: {text}.") from error
         yield one.name, *found
+
+
+def _loaded(manager: Any, one: Wanted, options: EvaluateOptions) -> Sequence[Any] | str:
+    """A task, or the tasks of a group, with their data; or why they cannot be had."""
+    try:
+        with data.local_first(options.data_folder):
+            return _load(manager, one, options.num_fewshot)
+    except Exception as error:  # whatever a task's own code and its data raise
+        return _reason(error, options.data, "--data")
 
 
 def _measure(

@@ -60,6 +60,13 @@ def _run(
     options: EvaluateOptions,
     began: Began,
 ) -> Iterator[tuple[str, dict[str, TaskResult] | str, Records]]:
+    for name, wanted_numbers in chosen.items():
+        try:
+            questions, _, _ = ask(name, options)
+        except OpenELMError:  # reported when its turn comes
+            continue
+        if (last := max(wanted_numbers)) >= len(questions):
+            raise RequestError(f"--samples asks for question {last} of {name}, which has {len(questions)}.")
     for name in names:
         try:
             questions, numbers, score = ask(name, options)
@@ -67,8 +74,6 @@ def _run(
             yield name, str(error).rstrip("."), []
             continue
         numbers = chosen.get(name, numbers)
-        if too_high := [number for number in numbers if number >= len(questions)]:
-            raise RequestError(f"--samples asks for question {too_high[0]} of {name}, which has {len(questions)}.")
         began(name)
         scores, records = score(numbers, scorer)
         asked = prompts_hash([questions[number] for number in numbers])
