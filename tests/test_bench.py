@@ -26,7 +26,9 @@ from mlx_openelm.jobs.bench import plot, processes, rows, worker
 from mlx_openelm.jobs.bench.options import BenchOptions, Size
 from mlx_openelm.jobs.bench.prompts import random_prompts, text_prompts
 from mlx_openelm.jobs.bench.turns import Measured, measure
+from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.text import BUNDLED
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -419,12 +421,18 @@ def texts(
     return found
 
 
-def test_our_runs_are_greedy_and_pass_the_end_of_the_text() -> None:
+def test_our_runs_are_greedy_and_pass_the_end_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_with_many_ends(*args: Any, **options: Any) -> tuple[OpenELM, Tokenizer]:
+        model, tokenizer = load(*args, **options)
+        tokenizer.eos_token_ids = set(range(model.config.vocab_size))  # any token ends a text
+        return model, tokenizer
+
+    monkeypatch.setattr("mlx_openelm.loading.load", load_with_many_ends)
     ours = worker.Ours(settings())
     prompts = random_prompts(20, 3, ours.model.config.vocab_size)
-    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=50)] for ids in prompts]
-    assert texts(ours, prompts[:1], 50) == expected[:1] and len(expected[0]) == 50
-    assert texts(ours, prompts, 50) == expected
+    expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=20)] for ids in prompts]
+    assert texts(ours, prompts[:1], 20) == expected[:1] and len(expected[0]) == 20
+    assert texts(ours, prompts, 20) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3])

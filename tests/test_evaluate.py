@@ -384,7 +384,11 @@ class TestLmEval:
         assert [result.tasks[name].questions for name in ("my_anatomy", "my_virology", "few")] == [2, 1, 3]
         for values, message in (
             ({"samples": '{"my_physics": [0]}'}, "samples names 'my_physics', which is not among the tasks"),
-            ({"samples": '{"my_virology": [999]}'}, "asks for question 999 of my_virology, which has"),
+            ({"samples": '{"my_anatomy": [999]}'}, "asks for question 999 of my_anatomy, which has"),
+            (
+                {"tasks": ("my_anatomy,my_virology",), "samples": '{"my_virology": [999]}'},
+                "asks for question 999 of my_virology, which has",
+            ),
             ({"num_fewshot": 99}, "few: The task has 5 examples for its prompts, and 99 are wanted"),
         ):
             wrong = dataclasses.replace(options, limit=None, **{"samples": None, "num_fewshot": None, **values})
