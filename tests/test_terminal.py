@@ -13,6 +13,7 @@ import sys
 import termios
 
 from mlx_openelm import Tokenizer, load
+from mlx_openelm.cli import terminal
 from mlx_openelm.cli.main import main
 from mlx_openelm.cli.terminal import folded
 
@@ -32,6 +33,7 @@ def shown_here(columns: int, *words: str) -> str:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(sys, "stderr", stream)
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(terminal, "_line_is_open", False)  # another test in this process may have left it so
         patch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
         with pytest.raises(SystemExit):
             main(words)
