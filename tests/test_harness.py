@@ -13,6 +13,7 @@ from mlx_openelm import load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.likelihoods import Request
 from mlx_openelm.generation.engine import Engine
+from mlx_openelm.harness.answers import Answers
 from mlx_openelm.harness.encoding import Encoder
 from mlx_openelm.harness.scorer import Scorer
 from mlx_openelm.text.tokenizer import Tokenizer
@@ -165,6 +166,38 @@ def test_sampled_texts_do_not_depend_on_company(model, tokenizer):
     together = Scorer(model, tokenizer, batch_size=5).generate(prompts)
     assert together == [Scorer(model, tokenizer).generate([one])[0] for one in prompts]
     assert len(set(together)) > 1
+
+
+def test_repeated_requests_are_samples_of_their_own(model, tokenizer):
+    """As tasks that take the most frequent of several answers need them; the seed decides all of them."""
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    prompts = [("ROMEO. But", sampled)] * 4 + [("To be, or", sampled)]
+
+    def texts(seed: int, arguments: dict[str, Any] | None = None) -> list[str]:
+        wanted = prompts if arguments is None else [(prompt, arguments) for prompt, _ in prompts]
+        return Scorer(model, tokenizer, seed=seed, batch_size=3).generate(wanted)
+
+    found = texts(1)
+    assert len(set(found[:4])) == 4
+    assert texts(1) == found
+    assert all(one != other for one, other in zip(texts(2), found, strict=True))
+    own = texts(1, {**sampled, "seed": 7})
+    assert own == texts(2, {**sampled, "seed": 7}) and len(set(own[:4])) == 4
+    assert own[1] == texts(1, {**sampled, "seed": 8})[0]
+    greedy = texts(1, {"max_gen_toks": 8})
+    assert greedy == texts(2, {"max_gen_toks": 8}) and len(set(greedy[:4])) == 1
+
+
+def test_answers_that_are_kept_are_those_of_their_seed(model, tokenizer, tmp_path):
+    prompts = [("ROMEO. But", {"temperature": 1.0, "max_gen_toks": 8})] * 2
+    found = []
+    for seed, computed in ((1, 2), (1, 0), (2, 2)):
+        setting = Scorer(model, tokenizer).setting
+        with Answers(setting, tmp_path / "answers.jsonl") as answers:
+            scorer = Scorer(model, tokenizer, seed=seed, answers=answers)
+            found.append(scorer.generate(prompts))
+            assert scorer.computed == computed
+    assert found[0] == found[1] != found[2]
 
 
 class TestMistakesOfMlxLm:

@@ -106,6 +106,7 @@ def measure(
         batch_size=int(options.batch_size),
         max_length=options.max_length,
         keep_bos=result.mode != "paper",
+        seed=options.seed,
     )
     records: Records = []
     with Answers(scorer.setting, None if output is None else answers_path(output)) as answers:

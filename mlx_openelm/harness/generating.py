@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError, quote
@@ -32,7 +35,7 @@ def options_of(arguments: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any
     samples, temp = rest.pop("do_sample", None), rest.pop("temperature", None)
     if samples is False or (samples is None and temp is None):
         temp = 0.0
-    options: dict[str, Any] = {"max_tokens": count, "temp": 1.0, "seed": 0}
+    options: dict[str, Any] = {"max_tokens": count, "temp": 1.0}
     if temp is not None:
         options["temp"] = _number("temperature", temp, float)
     texts = [until] if isinstance(until, str) else until
@@ -47,6 +50,31 @@ def options_of(arguments: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any
         known = ", ".join(["until", _COUNTS[0], "do_sample", "temperature", *_OPTIONS])
         raise RequestError(f"--gen-kwargs has no argument {unknown[0]} that this model knows; known: {known}.")
     return options
+
+
+def seeded_requests(
+    requests: Iterable[tuple[str, Mapping[str, Any]]], seed: int
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Requests with a seed for each text that is sampled: independent of one another, and of the requests' order.
+
+    A task that takes several samples for a question repeats its request. Where requests have a seed of their own, the
+    first takes it, and the next ones those that follow.
+    """
+    seen: Counter[str] = Counter()
+    for prompt, arguments in requests:
+        if options_of(arguments, 1)["temp"] == 0:
+            yield prompt, arguments
+            continue
+        request = json.dumps([prompt, arguments], sort_keys=True, default=str)
+        repeat = seen[request]
+        seen[request] += 1
+        own = arguments.get("seed")
+        if own is None:
+            text = json.dumps([seed, request, repeat])
+            own = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest())
+        elif isinstance(own, int):
+            own += repeat
+        yield prompt, {**arguments, "seed": own}
 
 
 def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:

@@ -26,6 +26,7 @@ class OpenELMLM(TemplateLM):
         max_batch_size: the most of them.
         max_length: the most tokens that the model reads, by default those it was trained on.
         max_gen_toks: the most tokens of a generated text, where a task gives no number.
+        seed: of sampled texts.
         add_bos_token: must be true: OpenELM was trained with BOS.
         chat_template: `plain`, `corenet` or a jinja file, for `apply_chat_template`; by default the model's own.
         adapter_path, dtype, tokenizer, config_yaml, revision, expand: as for `load`.
@@ -43,6 +44,7 @@ class OpenELMLM(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        seed: int = 0,
         add_bos_token: bool = True,
         chat_template: str | None = None,
         adapter_path: Any = None,
@@ -67,7 +69,7 @@ class OpenELMLM(TemplateLM):
             exact_activations=True,
         )
         size = size if max_batch_size is None else min(size, int(max_batch_size))
-        scorer = Scorer(model, text, batch_size=size, max_length=max_length, max_gen_toks=max_gen_toks)
+        scorer = Scorer(model, text, batch_size=size, max_length=max_length, max_gen_toks=max_gen_toks, seed=seed)
         self._begin(scorer, chat_template, pretrained)
 
     @classmethod

@@ -18,7 +18,7 @@ from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from .answers import Answers
 from .encoding import Encoder
-from .generating import options_of
+from .generating import options_of, seeded_requests
 
 Progress = Callable[[int, int], None]
 # Called with new answers by the number of the request; those of a batch at once.
@@ -34,6 +34,7 @@ class Scorer:
         max_length: the most tokens that the model reads, by default those it was trained on.
         max_gen_toks: the most tokens of a generated text, where a request gives no number.
         keep_bos: whether a prompt that is cut keeps its BOS.
+        seed: of sampled texts, whose requests have no seed of their own.
         answers: what is answered already, and where answers are kept; by default in memory.
         progress: called with the number of requests of a kind that are answered, and of all.
 
@@ -51,6 +52,7 @@ class Scorer:
         max_length: int | None = None,
         max_gen_toks: int = 256,
         keep_bos: bool = True,
+        seed: int = 0,
         answers: Answers | None = None,
         progress: Progress | None = None,
     ):
@@ -61,6 +63,7 @@ class Scorer:
         if not 2 <= max_length <= limit:
             raise RequestError(f"--max-length must be from 2 to {limit}, got {max_length}.")
         self.model, self.tokenizer, self.batch_size, self.max_gen_toks = model, tokenizer, batch_size, max_gen_toks
+        self.seed = seed
         self.encoder = Encoder(tokenizer, max_length, keep_bos=keep_bos)
         self.answers = Answers(self.setting) if answers is None else answers
         self.progress = progress
@@ -103,7 +106,10 @@ class Scorer:
         Raises:
             RequestError: an argument that is not known, or no room for a prompt.
         """
-        return self._answered("generate_until", prompts, lambda missing, done: self._generate(prompts, missing, done))
+        seeded = list(seeded_requests(prompts, self.seed))
+        return self._answered(
+            "generate_until", prompts, lambda missing, done: self._generate(seeded, missing, done), keyed=seeded
+        )
 
     def _windows_of(self, texts: Sequence[str]) -> Callable[[int], list[Request]]:
         return lambda index: self.encoder.rolling(texts[index])
@@ -167,11 +173,17 @@ class Scorer:
         method: str,
         arguments: Sequence[Any],
         compute: Callable[[Sequence[int], _Done], None],
+        *,
+        keyed: Sequence[Any] | None = None,
     ) -> list[Any]:
-        """The answers to requests: those known already, and the others as `compute` finds them."""
+        """The answers to requests: those known already, and the others as `compute` finds them.
+
+        Args:
+            keyed: what an answer depends on, if that is not `arguments`.
+        """
         seen: Counter[str] = Counter()
         keys = []
-        for one in arguments:
+        for one in arguments if keyed is None else keyed:
             key = self.answers.key(method, one)
             keys.append(key if not seen[key] else self.answers.key(method, one, seen[key]))
             seen[key] += 1
