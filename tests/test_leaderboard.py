@@ -19,6 +19,7 @@ import pytest
 DATA = Path(__file__).parent / "fixtures/evaluation/commonsense"
 # Apple's five tasks of the OpenLLM leaderboard for 1.1B, whose average is the paper's headline (45.93).
 APPLE = {"arc_challenge": 36.69, "hellaswag": 65.71, "mmlu": 27.05, "truthfulqa_mc2": 36.98, "winogrande": 63.22}
+SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5}
 METRIC = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
 
 
@@ -36,7 +37,7 @@ def result(shift: float = 0.0, error: float = 0.01, *, name: str = "1.1b", suite
     for task, value in APPLE.items():
         metric = METRIC.get(task, "acc")
         metrics = {metric: value / 100 + shift, f"{metric}_stderr": error, "other": 0.9}
-        tasks[task] = TaskResult(metrics, 100, {metric: [0.0, 1.0, 1.0, 0.0]}, "prompts", 5)
+        tasks[task] = TaskResult(metrics, 100, {metric: [0.0, 1.0, 1.0, 0.0]}, "prompts", SHOTS[task])
     scores = {"acc": [1.0, 0.0, 0.0, shift]}
     tasks["mmlu_anatomy"] = TaskResult({"acc": 0.3, "acc_stderr": 0.1}, 10, scores, "of anatomy")
     tasks["mmlu"].parts, tasks["mmlu"].scores, tasks["mmlu"].prompts = ["mmlu_anatomy"], {}, ""
@@ -116,11 +117,32 @@ def test_the_papers_headline(capsys, tmp_path):
     assert "1.1b (ours)" in out and "45.93 ± 0.45" in out
     _, out, _ = run(capsys, "leaderboard", path, "--format", "markdown")
     assert "| task | shots | metric | questions | ours | Apple OpenELM-1.1B | difference |" in out
-    assert "| arc_challenge | 5 | acc_norm | 100 | 36.69 ± 1.00 | 36.69 | +0.00  |" in out
+    assert "| arc_challenge | 25 | acc_norm | 100 | 36.69 ± 1.00 | 36.69 | +0.00  |" in out
     _, out, _ = run(capsys, "leaderboard", path, "--json")
     comparison = {row["task"]: row for row in json.loads(out)["comparison"]}
     assert comparison["mmlu"]["published"]["Apple OpenELM-1.1B"]["value"] == pytest.approx(0.2705)
     assert comparison["mmlu"]["standard_error"] == 0.01
+
+
+@pytest.mark.parametrize("change", ["fewer tasks", "other shots"])
+def test_the_headline_is_for_the_whole_suite_with_the_papers_examples(change, capsys, tmp_path):
+    some, path = result(), tmp_path / "some.json"
+    if change == "fewer tasks":
+        del some.tasks["winogrande"]
+    else:
+        some.tasks["winogrande"].num_fewshot = 0
+    some.save(path)
+    _, out, _ = run(capsys, "leaderboard", path)
+    assert "OLMo-1.2B" not in out and "65.71" in out
+    assert ("Nothing is compared where" in " ".join(out.split())) == (change == "other shots")
+    rows = {row.task: row for row in compare.rows(some)}
+    assert rows["average"].published == {} != rows["hellaswag"].published
+    code, out, error = run(capsys, "leaderboard", path, "--published")
+    if change == "fewer tasks":
+        assert code == 0 and "(Apple)" in out
+    else:
+        assert rows["winogrande"].published == {} and rows["winogrande"].is_outside("Apple OpenELM-1.1B") is None
+        assert code == 2 and "1.1b was asked winogrande with other numbers of examples" in error
 
 
 def test_leaderboard_sorts_by_average_and_lists_apples_models(capsys, tmp_path):

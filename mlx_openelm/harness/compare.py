@@ -10,7 +10,7 @@ from typing import Any
 from ..hub import catalog
 from . import commonsense
 from .results import Result, TaskResult
-from .suites import METRICS, OWN, metric_names, metric_of
+from .suites import METRICS, OWN, metric_names, metric_of, paper_shots
 from .tables import percent
 
 # A difference of more standard errors than this is outside what chance explains, in 19 of 20 cases.
@@ -67,16 +67,26 @@ def published(result: Result) -> dict[str, dict[str, float]]:
 
 
 def rows(result: Result) -> list[Row]:
-    """The tasks of a result, and their average if nothing is missing in it."""
-    columns = published(result)
+    """The tasks of a result, and their average if nothing is missing in it.
+
+    What was published stands beside tasks that were asked with the paper's number of examples.
+    """
+    columns, others = published(result), with_other_shots(result)
     found = []
     for name, task in result.tasks.items():
         if not is_part(name, result) and (metric := metric_of(name, task.metrics)) is not None:
-            beside = {column: table[name] / 100 for column, table in columns.items() if name in table}
+            known = {} if name in others else columns
+            beside = {column: table[name] / 100 for column, table in known.items() if name in table}
             found.append(Row(name, metric, task.metrics[metric], task.error(metric), task.questions, beside))
     if len(found) > 1 and result.suite not in OWN and not result.missing and all(is_share(row.metric) for row in found):
         found.append(average(found, columns))
     return found
+
+
+def with_other_shots(result: Result) -> list[str]:
+    """The tasks of a result that had other numbers of examples in their prompts than in the paper's table."""
+    shots = paper_shots(result.suite) or {}
+    return [name for name, count in shots.items() if name in result.tasks and result.tasks[name].num_fewshot != count]
 
 
 def is_part(name: str, result: Result) -> bool:
@@ -95,7 +105,7 @@ def average(tasks: Sequence[Row], columns: Mapping[str, Mapping[str, float]]) ->
     complete = {
         column: table[AVERAGE] / 100
         for column, table in columns.items()
-        if AVERAGE in table and names == table.keys() - {AVERAGE}
+        if AVERAGE in table and names == table.keys() - {AVERAGE} and all(column in row.published for row in tasks)
     }
     errors = [row.error for row in tasks if row.error is not None]
     error = math.hypot(*errors) / len(tasks) if len(errors) == len(tasks) else None
@@ -152,6 +162,8 @@ def note(result: Result) -> str:
     text = f"± is the standard error; * marks a difference of more than {OUTSIDE} of them."
     if result.suite == "commonsense" and result.model.get("release") is None:
         text += " The published numbers are of fine-tuned models of another size."
+    if with_other_shots(result):
+        text += " Nothing is compared where the paper's prompts had another number of examples."
     if any(name in METRICS for name in result.tasks) and result.mode == "current":
         text += " Some tasks have changed since Apple ran them; --mode paper asks as they did."
     return text
@@ -159,8 +171,10 @@ def note(result: Result) -> str:
 
 def headline(result: Result) -> list[list[str]]:
     """The paper's first table with a line for the result, if that is a whole run of the suite `openllm`."""
-    if result.suite != "openllm" or result.missing or (found := rows(result))[-1].task != AVERAGE:
+    tasks = paper_shots("openllm") or {}
+    if result.suite != "openllm" or not tasks.keys() <= result.tasks.keys() or with_other_shots(result):
         return []
+    found = rows(result)
     lines = [["model", "tokens", AVERAGE]]
     for name, values in catalog.published_scores()["table1_average_openllm_suite"].items():
         lines.append([name, values["tokens"], f"{values['average']:.2f}"])

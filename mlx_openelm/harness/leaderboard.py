@@ -91,6 +91,12 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
                 f"--published is for results of --suite {one_of(suites)}; Apple has no such table for results {what}."
             )
         assert suite is not None
+        for result in results:
+            if others := [task for task in compare.with_other_shots(result) if task in tasks]:
+                raise RequestError(
+                    f"{result.name} was asked {some(others)} with other numbers of examples than Apple's models; leave "
+                    "out --published, or measure it without --num-fewshot."
+                )
         for release in catalog.releases():
             scores = {task: value / 100 for task, value in release.scores(suite).items() if task in tasks}
             parameters = ModelConfig.from_name(release.name).num_parameters

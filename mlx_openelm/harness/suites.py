@@ -74,6 +74,11 @@ def wanted(suite: str, names: list[str]) -> list[Wanted]:
     return [Wanted(name, shots[name]) for name in names or shots]
 
 
+def paper_shots(suite: str | None) -> dict[str, int] | None:
+    """The examples in a prompt by task of one of the paper's tables; None if a suite is none of them."""
+    return catalog.published_scores()["shots"].get(suite)
+
+
 def metric_of(task: str, metrics: dict[str, Any]) -> str | None:
     """The metric that stands for a task in a table; None if it has none."""
     names = metric_names(metrics)
