@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_chosen_questions(tmp_path):
     numbers.write_text('{"openbookqa": [3, 1]}')
     found = [
         evaluate("tiny", EvaluateOptions(suite="commonsense", tasks=("obqa",), data=str(DATA), **chosen), progress=None)
-        for chosen in ({"limit": 4}, {"samples": '{"obqa": [3, 1]}'}, {"samples": str(numbers)})
+        for chosen in ({"limit": 4}, {"samples": '{"obqa": [3, 1, 3]}'}, {"samples": str(numbers)})
     ]
     every, some, same = (result.tasks["openbookqa"].scores["acc"] for result in found)
     assert some == same == [every[3], every[1]]
@@ -166,6 +167,11 @@ def test_chosen_questions(tmp_path):
         ({"suite": "commonsense", "samples": '{"a": "b"}'}, "samples must be an object of lists"),
         ({"suite": "commonsense", "samples": '{"a": [-1]}'}, "samples must be an object of lists"),
         ({"suite": "commonsense", "samples": '{"obqa": []}'}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "samples": '{"obqa": "12"}'}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "samples": '{"obqa": [0.7, 1]}'}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "samples": '{"obqa": [true]}'}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "samples": "[1]"}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "samples": '{"obqa": [1'}, "samples must be an object of lists"),
         ({"suite": "commonsense", "tasks": "obqa", "samples": '{"boolq": [1]}'}, "samples names 'boolq', which is not"),
         ({"suite": "commonsense", "num_fewshot": 5}, "commonsense has prompts of its own, without num_fewshot"),
         ({"suite": "memorization", "apply_chat_template": True}, "of its own, without apply_chat_template"),
@@ -356,7 +362,9 @@ class TestLmEval:
         assert not {"torch", "transformers"} & set(done.stdout.split("\n")[-2].split())
         assert "The data set of race is for research that is not commercial." in done.stderr
 
-    def test_a_group_has_its_parts(self, sets, tmp_path):
+    def test_a_group_has_its_parts(self, sets, tmp_path, monkeypatch):
+        import lm_eval.tasks
+
         folder = tmp_path / "tasks"
         folder.mkdir()
         for subject in ("anatomy", "virology"):
@@ -395,6 +403,14 @@ class TestLmEval:
             with pytest.raises(OpenELMError, match=message):
                 evaluate("tiny", wrong, progress=lambda *shown: pytest.fail("a task began"))
         (folder / "more.yaml").write_text("group: more\ntask:\n  - task: my_anatomy\n    num_fewshot: 1\n")
+        # lm-eval's own tasks, which a pattern may match too, take seconds to read.
+        every = lm_eval.tasks.TaskManager
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: every(**{**given, "include_defaults": False}))
+        found = evaluate("tiny", dataclasses.replace(options, tasks=("my_*",), limit=1), progress=False)
+        assert list(found.tasks) == ["my_anatomy", "my_virology"]
+        for unknown in ("your_*", "Q" * 5000):
+            with pytest.raises(RequestError, match=f"There is no task '{re.escape(unknown[:50])}"):
+                evaluate("tiny", dataclasses.replace(options, tasks=(unknown,)))
         twice = dataclasses.replace(options, tasks=("my_anatomy,more",), num_fewshot=None, limit=1)
         with pytest.raises(RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"):
             evaluate("tiny", twice, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """lm-eval's task manager, which knows all of these tasks.
 
     Raises:
-        RequestError: a name that lm-eval does not have.
+        RequestError: a name that lm-eval does not have, or a pattern that none of its names matches.
     """
     import lm_eval.tasks
 
@@ -61,11 +62,24 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
             return manager
     manager = lm_eval.tasks.TaskManager(include_path=include_path)
     for name in names:
-        if name not in manager.all_tasks and not Path(name).is_file():
+        if not matching([name], manager):
             hint = did_you_mean(name, manager.all_tasks)
             hint = hint and f" ({hint})"
             raise RequestError(f"There is no task {name!r} in lm-eval{hint}; `lm-eval ls tasks` lists them.")
     return manager
+
+
+def matching(names: Iterable[str], manager: Any) -> list[str]:
+    """The tasks with these names, or that these patterns with `*`, `?` and `[...]` match, as in lm-eval's command.
+
+    Files of tasks stay as they are.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if os.path.isfile(name):
+            found[name] = None
+        found |= dict.fromkeys(sorted(fnmatch.filter(manager.all_tasks, name)))
+    return list(found)
 
 
 def _knows(manager: Any, names: Sequence[Any]) -> bool:
@@ -229,7 +243,7 @@ def check(names: Sequence[str], folder: Path | None, folder_flag: str) -> None:
         RequestError: a task is not known, or has no data.
     """
     manager = make_manager(names, None)
-    for name in names:
+    for name in matching(names, manager):
         try:
             with data.local_first(folder):
                 _load(manager, Wanted(name), None)

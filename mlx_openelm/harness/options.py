@@ -177,16 +177,15 @@ class EvaluateOptions(Options):
         if self.samples is None:
             return {}
         try:
-            is_text = self.samples.lstrip().startswith("{")
+            is_text = self.samples.lstrip().startswith(("{", "["))
             values = json.loads(self.samples) if is_text else read_json(to_path(self.samples))
-            found = {name: [int(number) for number in numbers] for name, numbers in values.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             if isinstance(error, RequestError):
                 raise
-            found = {"": [-1]}
-        if any(not numbers or min(numbers) < 0 for numbers in found.values()):
+            values = None
+        if not isinstance(values, dict) or not all(map(_are_numbers, values.values())):
             raise RequestError('--samples must be an object of lists of numbers, like {"openbookqa": [0, 7]}.')
-        return found
+        return {name: list(dict.fromkeys(numbers)) for name, numbers in values.items()}
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -212,6 +211,12 @@ class EvaluateOptions(Options):
             except ValueError:
                 found[name.strip()] = value
         return found
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a value is a list of question numbers, one at least."""
+    numbers = isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+    return numbers and bool(value)
 
 
 def batch_size(value: int | str | None) -> int:
