@@ -173,6 +173,19 @@ def test_defaults_and_what_clients_say_of_themselves_are_accepted(server: Servin
     assert server.post(COMPLETIONS, {"prompt": "a", **about, **completion}).status_code == 200
 
 
+def test_tools_that_are_not_to_be_used_change_nothing(server: Serving) -> None:
+    tool = [{"type": "function", "name": "f", "parameters": {}}]
+    for path, body, key, chosen in (
+        (CHAT, {"messages": HELLO, "max_tokens": 2}, "tools", "tool_choice"),
+        (CHAT, {"messages": HELLO, "max_tokens": 2}, "functions", "function_call"),
+        (RESPONSES, {"input": "a", "max_output_tokens": 2}, "tools", "tool_choice"),
+    ):
+        assert server.post(path, {**body, key: tool, chosen: "none"}).status_code == 200
+        assert server.post(path, {**body, key: []}).status_code == 200
+        for choice in ({}, {chosen: "auto"}):
+            assert server.error(path, {**body, key: tool, **choice})["param"] == key
+
+
 def test_every_key_may_be_null(server: Serving) -> None:
     for path, fields, asked in ((COMPLETIONS, COMPLETION_FIELDS, "prompt"), (CHAT, CHAT_FIELDS, "messages")):
         body: dict[str, Any] = dict.fromkeys(fields) | {asked: "a" if asked == "prompt" else HELLO}
