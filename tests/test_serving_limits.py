@@ -224,6 +224,14 @@ def test_a_text_that_needs_too_much_memory_is_400() -> None:
     with serving(memory={"text_bytes": 3_000_000}) as server:
         error = server.error(COMPLETIONS, {"prompt": [5] * 900, "max_tokens": 100})
         assert "needs up to" in error["message"] and "max_tokens" in error["message"]
+        long = {"stream": True, "max_tokens": 900}
+        for path, body in (
+            (COMPLETIONS, {**long, "prompt": [[5], [6] * 900], "n": 4}),
+            (CHAT, {**long, "messages": [{"role": "user", "content": "ROMEO. " * 250}]}),
+            (RESPONSES, {"stream": True, "max_output_tokens": 900, "input": "ROMEO. " * 250}),
+        ):
+            assert "needs up to" in server.error(path, body)["message"]
+        server.wait_until(lambda: not server.worker.in_flight)
         assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2}).status_code == 200
 
 

@@ -136,7 +136,7 @@ async def chat(context: Context, request: Request) -> Response:
     answers = _Chat(given, entry, texts)
     texts.submit()
     if given.get("stream"):
-        return stream(context, request, "chat/completions", answers.events(), texts)
+        return await stream(context, request, "chat/completions", answers.events(), texts)
     return await whole(request, answers.whole(), texts)
 
 

@@ -149,7 +149,7 @@ async def responses(context: Context, request: Request) -> Response:
     response = _Response(given, entry, texts, options)
     texts.submit()
     if given.get("stream"):
-        return stream(context, request, "responses", response.events(), texts, response.failed)
+        return await stream(context, request, "responses", response.events(), texts, response.failed)
     return await whole(request, response.whole(), texts)
 
 

@@ -27,6 +27,9 @@ T = TypeVar("T")
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
 
+# How long a stream waits to begin until the engine has taken its texts, so that what is wrong is a status.
+_TAKING_SECONDS = 10.0
+
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second for nginx, which collects events
 
 
@@ -67,6 +70,7 @@ class Texts:
         continues: bool = False,
     ):
         self.worker = worker
+        self._is_submitted = False
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
         self.texts: list[Text] = []
         leaders: dict[int, Text] = {}
@@ -80,6 +84,22 @@ class Texts:
     def submit(self) -> None:
         """Hand them to the engine; APIError if there is no room."""
         self.worker.submit(self.texts)
+        self._is_submitted = True
+
+    async def taken(self) -> None:
+        """Return once the engine has taken what was submitted, or is busy with other things for seconds.
+
+        Raises:
+            APIError: the engine refuses a text.
+        """
+        if self._is_submitted:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TAKING_SECONDS):
+                    for text in self.texts:
+                        if text.leader is None:  # the others are handed over after it, and ask for the same
+                            await text.is_settled.wait()
+                            if text.error is not None:
+                                raise text.error
 
     def cancel(self) -> None:
         """End those that are not done; nothing if they are."""
