@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.engine import Engine
 from mlx_openelm.serving import context as serving_context
 from mlx_openelm.serving import running as serving_running
 from mlx_openelm.serving.chat import FIELDS as CHAT_FIELDS
 from mlx_openelm.serving.completions import FIELDS as COMPLETION_FIELDS
+from mlx_openelm.serving.failures import as_api_error
 from mlx_openelm.serving.limits import Keys, read_keys
 
 import httpx2
@@ -117,7 +119,7 @@ def test_what_is_wrong_is_named(server: Serving, path: str, body: dict[str, Any]
     assert error["param"] == param
     if param is not None:
         assert param.partition("[")[0] in error["message"]
-    assert "--" not in error["message"]  # clients know no flags
+    assert "--" not in error["message"].replace("the server's --", "")  # clients know no flags of their own
     assert server.get("/health").status_code == 200
 
 
@@ -171,6 +173,20 @@ def test_defaults_and_what_clients_say_of_themselves_are_accepted(server: Servin
     answers = [server.post(CHAT, {"messages": sent_back, **more}).json() for more in ({}, unused)]
     assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
     assert server.post(COMPLETIONS, {"prompt": "a", **about, **completion}).status_code == 200
+
+
+def test_errors_name_keys_of_requests_and_flags_of_the_server(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"role": "assistant", "tool_calls": [{"id": "a"}]}
+    for message in (call, {"role": "tool", "content": "a", "tool_call_id": "b"}):
+        error = server.error(CHAT, {"messages": [*HELLO, message]})["message"]
+        assert error.endswith("give one that renders them with the server's --chat-template FILE.")
+    error = server.error(COMPLETIONS, {"prompt": "a", "num_draft_tokens": 3})["message"]
+    assert error == "num_draft_tokens needs a draft model, and the server has none; leave it out."
+    for names_flags in (False, True):
+        monkeypatch.setattr(errors, "names_flags", names_flags)
+        known = as_api_error(RequestError("--temp is wrong; lower --max-kv-size, or set --dtype"))
+        assert known.message == "temperature is wrong; lower max_kv_size, or set the server's --dtype."
+        assert known.param == "temperature"
 
 
 def test_tools_that_are_not_to_be_used_change_nothing(server: Serving) -> None:
@@ -230,7 +246,10 @@ def test_a_text_that_needs_too_much_memory_is_400() -> None:
             (CHAT, {**long, "messages": [{"role": "user", "content": "ROMEO. " * 250}]}),
             (RESPONSES, {"stream": True, "max_output_tokens": 900, "input": "ROMEO. " * 250}),
         ):
-            assert "needs up to" in server.error(path, body)["message"]
+            key = "max_output_tokens" if path == RESPONSES else "max_tokens"
+            for streamed in (True, False):
+                message = server.error(path, {**body, "stream": streamed})["message"]
+                assert "needs up to" in message and f"lower {key}," in message
         server.wait_until(lambda: not server.worker.in_flight)
         assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2}).status_code == 200
 

@@ -114,6 +114,8 @@ def run(args: Namespace) -> int:
     given = flags.given(args, ServeOptions)
     options = ServeOptions(**given)
     options.validate()
+    if options.num_draft_tokens and args.draft_model is None:
+        raise RequestError("--num-draft-tokens needs --draft-model.")
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise RequestError(f"The server needs {', '.join(missing)}: {install('serve')}.")

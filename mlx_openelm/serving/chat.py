@@ -25,7 +25,7 @@ from .checks import (
 )
 from .completions import MAX_LOGPROBS, check_stream, stream, whole
 from .context import Context, check_characters, check_length, new_id, now
-from .failures import APIError
+from .failures import APIError, as_api_error
 from .logprobs import chat_logprobs
 from .models import Entry
 from .protocol import COMMON, options_of, seeded
@@ -162,7 +162,7 @@ def render(
             conversation, template, add_generation_prompt=not continues, continue_final_message=continues
         )
     except RequestError as error:
-        raise APIError(f"{param}: {error}", param=param) from None
+        raise APIError(f"{param}: {as_api_error(error).message}", param=param) from None
     check_length(entry, ids, param)
     return ids
 

@@ -167,6 +167,9 @@ class EngineThread(threading.Thread):
                 return False
             if isinstance(one, Task):
                 self.tasks.append((one, resident))
+            elif one.options.get("num_draft_tokens") and resident.draft is None:
+                message = "num_draft_tokens needs a draft model, and the server has none; leave it out."
+                raise APIError(message, param="num_draft_tokens")
             else:
                 resident.engine.budget.max_bytes = self._models.text_bytes
                 one.row = resident.engine.submit(

@@ -145,7 +145,7 @@ async def responses(context: Context, request: Request) -> Response:
     options |= given.get("text", {}).get("options", {})
     options["top_logprobs"] = given.get("top_logprobs", 0)
     constraint = await context.constrain(request, entry, options, "text.format")
-    texts = Texts(context.worker, entry, adapter, [ids], [options], constraint)
+    texts = Texts(context.worker, entry, adapter, [ids], [options], constraint, max_tokens="max_output_tokens")
     response = _Response(given, entry, texts, options)
     texts.submit()
     if given.get("stream"):
