@@ -195,11 +195,14 @@ def _listed(models: Models) -> str:
 
 
 def _warm(context: Any, name: str) -> None:
-    from ..serving.warming import read_warm, warm
+    from ..serving.warming import missed_prompts, read_warm, warm
 
     prompts = read_warm(context, name)
-    count = context.worker.run(lambda: warm(context, prompts)).result()
+    missed = context.worker.run(lambda: warm(context, prompts)).result()
+    count = sum(len(one.ids) for one in prompts)
     console.say(f"Processed {counted(len(prompts), 'prompt')} of {counted(count, 'token')}")
+    if missed:
+        warn(missed_prompts(context, name, missed))
 
 
 def _load(args: Namespace, source: str) -> tuple[OpenELM, Tokenizer, OpenELM | None]:
