@@ -186,8 +186,8 @@ def test_prompts_are_warm_for_requests_that_give_no_options(tmp_path: Path, opti
         assert [one.line for one in missed] == ([3] if "prefill_step_size" in options else [2, 3])
         message = missed_prompts(context, "warm.txt", missed[-1:])
         whole = options.get("prefill_step_size", 128) + 12
-        assert message.startswith("1 prompt of warm.txt is not held, the first on line 3: make them longer")
-        assert f"at least 12 tokens, or {whole} where" in message
+        assert message.startswith("1 prompt of warm.txt is not held, the first on line 3; make prompts longer")
+        assert f"12 tokens are held, or {whole} where" in message
 
     with serving(prepare=prepare, **options) as server:
         assert cached(server, LONG * 3 + short) >= 128

@@ -96,6 +96,6 @@ def missed_prompts(context: Context, name: str, missed: list[Warm]) -> str:
     whole = backend.prefill_step_size(size=context.options.prefill_step_size) + least
     return (
         f"{counted(len(missed), 'prompt')} of {name} {'is' if len(missed) == 1 else 'are'} not held, the first on line "
-        f"{missed[0].line}: make them longer, at least {least} tokens, or {whole} where only whole pieces are held, "
-        "such as with an adapter; or raise --prompt-cache-bytes."
+        f"{missed[0].line}; make prompts longer: {least} tokens are held, or {whole} where only whole pieces are, "
+        "such as with an adapter, as far as --prompt-cache-bytes allows."
     )
