@@ -6,6 +6,7 @@ Messages are written with the command line's flags. In Python, where there are n
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 # Longer names and values are cut in messages, since they may come from a damaged file.
 QUOTED = 200
@@ -30,6 +31,9 @@ class OpenELMError(Exception):
 
     It is a sentence that starts with a capital, or with the name of the thing that is wrong. A missing full stop is
     added, unprintable characters become spaces, and words of more than `QUOTED` characters are shortened.
+
+    Attributes:
+        written: the message with flags, for those who name options in another way: see `rename_flags`.
     """
 
     exit_code = 1
@@ -39,8 +43,8 @@ class OpenELMError(Exception):
             message = "".join(character if character.isprintable() else " " for character in message)
         if not message.endswith((".", "?", "!")):
             message += "."
-        message = name_options(message)
-        super().__init__(_LONG_WORD.sub(lambda word: _shorten(word[0]), message))
+        self.written = _LONG_WORD.sub(lambda word: _shorten(word[0]), message)
+        super().__init__(name_options(self.written))
 
 
 class RequestError(OpenELMError, ValueError):
@@ -54,6 +58,11 @@ def name_options(text: str) -> str:
     if not names_flags:
         return _FLAG.sub(_argument, text)
     return _FLAG.sub(lambda found: typed.get(found[0], found[0]), text) if typed else text
+
+
+def rename_flags(text: str, name: Callable[[str], str]) -> str:
+    """A message as it was written, with each of its flags called what `name` says."""
+    return _FLAG.sub(lambda found: found[1] or name(found[0]), text)
 
 
 def command_or_call(command: str, call: str) -> str:

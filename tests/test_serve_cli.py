@@ -141,6 +141,7 @@ def _try(url: str, prompt: str) -> None:
         (["--max-queue", "-1"], "--max-queue must be"),
         (["--timeout", "0"], "--timeout must be"),
         (["--num-draft-tokens", "99"], "--num-draft-tokens must be"),
+        (["--num-draft-tokens", "3"], "--num-draft-tokens needs --draft-model."),
         (["--api-key-file", "nothing"], "nothing does not exist."),
         (["--chat-template", "nothing"], "nothing"),
         (["--chat-template", "own"], "no chat template of its own"),

@@ -301,6 +301,7 @@ def test_constraints_beyond_openais(server: Serving) -> None:
         (CHAT, {"choice": ["a"], "regex": "a"}, "regex"),
         (COMPLETIONS, {"logit_bias": {"99999": 1}}, "logit_bias"),
         (COMPLETIONS, {"kv_bits": 7}, "kv_bits"),
+        (COMPLETIONS, {"num_draft_tokens": 3}, "num_draft_tokens"),
     ],
 )
 def test_what_is_wrong_is_a_status_in_streams_too(server: Serving, path: str, body: dict[str, Any], param: str) -> None:

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.engine import Engine
 from mlx_openelm.serving import context as serving_context
 from mlx_openelm.serving import running as serving_running
 from mlx_openelm.serving.chat import FIELDS as CHAT_FIELDS
 from mlx_openelm.serving.completions import FIELDS as COMPLETION_FIELDS
+from mlx_openelm.serving.failures import as_api_error
 from mlx_openelm.serving.limits import Keys, read_keys
 
 import httpx2
@@ -117,7 +119,7 @@ def test_what_is_wrong_is_named(server: Serving, path: str, body: dict[str, Any]
     assert error["param"] == param
     if param is not None:
         assert param.partition("[")[0] in error["message"]
-    assert "--" not in error["message"]  # clients know no flags
+    assert "--" not in error["message"].replace("the server's --", "")  # clients know no flags of their own
     assert server.get("/health").status_code == 200
 
 
@@ -173,6 +175,33 @@ def test_defaults_and_what_clients_say_of_themselves_are_accepted(server: Servin
     assert server.post(COMPLETIONS, {"prompt": "a", **about, **completion}).status_code == 200
 
 
+def test_errors_name_keys_of_requests_and_flags_of_the_server(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"role": "assistant", "tool_calls": [{"id": "a"}]}
+    for message in (call, {"role": "tool", "content": "a", "tool_call_id": "b"}):
+        error = server.error(CHAT, {"messages": [*HELLO, message]})["message"]
+        assert error.endswith("give one that renders them with the server's --chat-template FILE.")
+    error = server.error(COMPLETIONS, {"prompt": "a", "num_draft_tokens": 3})["message"]
+    assert error == "num_draft_tokens needs a draft model, and the server has none; leave it out."
+    for names_flags in (False, True):
+        monkeypatch.setattr(errors, "names_flags", names_flags)
+        known = as_api_error(RequestError("--temp is wrong; lower --max-kv-size, or set --dtype"))
+        assert known.message == "temperature is wrong; lower max_kv_size, or set the server's --dtype."
+        assert known.param == "temperature"
+
+
+def test_tools_that_are_not_to_be_used_change_nothing(server: Serving) -> None:
+    tool = [{"type": "function", "name": "f", "parameters": {}}]
+    for path, body, key, chosen in (
+        (CHAT, {"messages": HELLO, "max_tokens": 2}, "tools", "tool_choice"),
+        (CHAT, {"messages": HELLO, "max_tokens": 2}, "functions", "function_call"),
+        (RESPONSES, {"input": "a", "max_output_tokens": 2}, "tools", "tool_choice"),
+    ):
+        assert server.post(path, {**body, key: tool, chosen: "none"}).status_code == 200
+        assert server.post(path, {**body, key: []}).status_code == 200
+        for choice in ({}, {chosen: "auto"}):
+            assert server.error(path, {**body, key: tool, **choice})["param"] == key
+
+
 def test_every_key_may_be_null(server: Serving) -> None:
     for path, fields, asked in ((COMPLETIONS, COMPLETION_FIELDS, "prompt"), (CHAT, CHAT_FIELDS, "messages")):
         body: dict[str, Any] = dict.fromkeys(fields) | {asked: "a" if asked == "prompt" else HELLO}
@@ -211,6 +240,17 @@ def test_a_text_that_needs_too_much_memory_is_400() -> None:
     with serving(memory={"text_bytes": 3_000_000}) as server:
         error = server.error(COMPLETIONS, {"prompt": [5] * 900, "max_tokens": 100})
         assert "needs up to" in error["message"] and "max_tokens" in error["message"]
+        long = {"stream": True, "max_tokens": 900}
+        for path, body in (
+            (COMPLETIONS, {**long, "prompt": [[5], [6] * 900], "n": 4}),
+            (CHAT, {**long, "messages": [{"role": "user", "content": "ROMEO. " * 250}]}),
+            (RESPONSES, {"stream": True, "max_output_tokens": 900, "input": "ROMEO. " * 250}),
+        ):
+            key = "max_output_tokens" if path == RESPONSES else "max_tokens"
+            for streamed in (True, False):
+                message = server.error(path, {**body, "stream": streamed})["message"]
+                assert "needs up to" in message and f"lower {key}," in message
+        server.wait_until(lambda: not server.worker.in_flight)
         assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2}).status_code == 200
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_openelm import generate, load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.serving.models import Models
-from mlx_openelm.serving.warming import read_warm, warm
+from mlx_openelm.serving.warming import missed_prompts, read_warm, warm
 from mlx_openelm.sources import open_source
 
 import pytest
@@ -173,6 +173,25 @@ def test_prompts_of_a_file_are_warm_at_the_start(tmp_path: Path) -> None:
         with serving(prepare=prepare) as server:
             assert cached(server) >= 64
             assert text_of(server, prompt=LONG) == generate(*tiny(), LONG, max_tokens=16)
+
+
+@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_size": 400}, {"kv_bits": 8, "prefill_step_size": 16}])
+def test_prompts_are_warm_for_requests_that_give_no_options(tmp_path: Path, options: dict[str, int]) -> None:
+    file, short = tmp_path / "warm.txt", "ROMEO. " * 15
+    file.write_text(f"{LONG * 3}\n{short}\nO.\n")
+
+    def prepare(context: Any) -> None:
+        prompts = read_warm(context, str(file))
+        missed = context.worker.run(lambda: warm(context, prompts)).result()
+        assert [one.line for one in missed] == ([3] if "prefill_step_size" in options else [2, 3])
+        message = missed_prompts(context, "warm.txt", missed[-1:])
+        whole = options.get("prefill_step_size", 128) + 12
+        assert message.startswith("1 prompt of warm.txt is not held, the first on line 3; make prompts longer")
+        assert f"12 tokens are held, or {whole} where" in message
+
+    with serving(prepare=prepare, **options) as server:
+        assert cached(server, LONG * 3 + short) >= 128
+        assert (cached(server, short * 4) > 0) == ("prefill_step_size" in options)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def run(args: Namespace) -> int:
     given = flags.given(args, ServeOptions)
     options = ServeOptions(**given)
     options.validate()
+    if options.num_draft_tokens and args.draft_model is None:
+        raise RequestError("--num-draft-tokens needs --draft-model.")
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise RequestError(f"The server needs {', '.join(missing)}: {install('serve')}.")
@@ -193,11 +195,14 @@ def _listed(models: Models) -> str:
 
 
 def _warm(context: Any, name: str) -> None:
-    from ..serving.warming import read_warm, warm
+    from ..serving.warming import missed_prompts, read_warm, warm
 
     prompts = read_warm(context, name)
-    count = context.worker.run(lambda: warm(context, prompts)).result()
+    missed = context.worker.run(lambda: warm(context, prompts)).result()
+    count = sum(len(one.ids) for one in prompts)
     console.say(f"Processed {counted(len(prompts), 'prompt')} of {counted(count, 'token')}")
+    if missed:
+        warn(missed_prompts(context, name, missed))
 
 
 def _load(args: Namespace, source: str) -> tuple[OpenELM, Tokenizer, OpenELM | None]:

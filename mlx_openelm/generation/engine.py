@@ -167,6 +167,10 @@ class Engine:
         self.waiting.append(row)
         return row
 
+    def held_tokens(self, row: Row) -> int:
+        """How many tokens of a row's prompt a longer one that begins with it finds in `prefixes`."""
+        return 0 if self._shared is None else self._shared.held(row)
+
     def step(self) -> list[tuple[Row, Piece]]:
         """Advance every row by about a token; returns the new pieces in order.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from .. import backend
@@ -37,10 +39,20 @@ class SharedPrefixes:
         if self._exact:
             least = MANY_POSITIONS if usual_piece(row) >= MANY_POSITIONS else 1  # that are left to process
             ids = ids[: max(0, len(ids) - least) // unit * unit + 1]
+        cache, count = self._find(row, ids)
+        if count:
+            row.start_after(count, cache)
+
+    def held(self, row: Row) -> int:
+        """How many tokens of a row's prompt a longer one that begins with it finds."""
+        return self._find(row, [*row.request.prompt, 0])[1]
+
+    def _find(self, row: Row, ids: list[int]) -> tuple[list[Any], int]:
+        """Caches with the beginning of `ids` that a row like this may share, and its length; 0 if there is none."""
         cache, count = self._tree.fetch(ids, row.request.options, key=self._key(row))
-        excess = count % unit
-        if count - excess >= _WORTH_SHARING and all(layer.trim(excess) == excess for layer in cache):
-            row.start_after(count - excess, cache)
+        excess = count % self._unit(row)
+        is_shared = count - excess >= _WORTH_SHARING and all(layer.trim(excess) == excess for layer in cache)
+        return cache, count - excess if is_shared else 0
 
     def before_piece(self, row: Row) -> None:
         """Keep the whole pieces of a row's prompt, before the last one, where only these are shared."""

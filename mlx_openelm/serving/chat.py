@@ -10,10 +10,22 @@ from starlette.responses import Response
 
 from ..errors import RequestError
 from ..text.chat_messages import ROLES, plain_text
-from .checks import Check, boolean, choice, integer, max_tokens, only, read_fields, short_text, text, wrong
+from .checks import (
+    Check,
+    array,
+    boolean,
+    check_unused,
+    choice,
+    integer,
+    max_tokens,
+    only,
+    read_fields,
+    short_text,
+    text,
+)
 from .completions import MAX_LOGPROBS, check_stream, stream, whole
 from .context import Context, check_characters, check_length, new_id, now
-from .failures import APIError
+from .failures import APIError, as_api_error
 from .logprobs import chat_logprobs
 from .models import Entry
 from .protocol import COMMON, options_of, seeded
@@ -43,12 +55,6 @@ def _calls(name: str, value: Any) -> Any:
     """Calls of tools, for templates that render them; others refuse them."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise APIError(f"{name} must be a list of objects.", param=name)
-    return value
-
-
-def _tools(name: str, value: Any) -> Any:
-    if not isinstance(value, list):
-        raise wrong(name, "a list", value)
     return value
 
 
@@ -97,9 +103,9 @@ FIELDS: dict[str, Check] = {
     "logprobs": boolean,
     "top_logprobs": integer(0, MAX_LOGPROBS),
     "continue_final_message": boolean,
-    "tools": _tools,
+    "tools": array,
     "tool_choice": only("none", "auto"),
-    "functions": only([]),
+    "functions": array,
     "function_call": only("none", "auto"),
     "parallel_tool_calls": boolean,
     "modalities": only(["text"]),
@@ -117,8 +123,8 @@ async def chat(context: Context, request: Request) -> Response:
     check_stream(given)
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise APIError("top_logprobs needs logprobs: true.", param="top_logprobs")
-    if given.get("tools") and given.get("tool_choice") != "none":
-        only()("tools", given["tools"])
+    check_unused(given, "tools", "tool_choice")
+    check_unused(given, "functions", "function_call")
     continues = given.get("continue_final_message", False)
     ids = await context.prepare(request, lambda: render(context, entry, given["messages"], continues))
     options = options_of(given, context.options)
@@ -130,7 +136,7 @@ async def chat(context: Context, request: Request) -> Response:
     answers = _Chat(given, entry, texts)
     texts.submit()
     if given.get("stream"):
-        return stream(context, request, "chat/completions", answers.events(), texts)
+        return await stream(context, request, "chat/completions", answers.events(), texts)
     return await whole(request, answers.whole(), texts)
 
 
@@ -156,7 +162,7 @@ def render(
             conversation, template, add_generation_prompt=not continues, continue_final_message=continues
         )
     except RequestError as error:
-        raise APIError(f"{param}: {error}", param=param) from None
+        raise APIError(f"{param}: {as_api_error(error).message}", param=param) from None
     check_length(entry, ids, param)
     return ids
 

@@ -115,6 +115,12 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def array(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise wrong(name, "a list", value)
+    return value
+
+
 def choice(*options: str) -> Check:
     """One of several texts."""
 
@@ -136,6 +142,16 @@ def only(*values: Any) -> Check:
         return value
 
     return check
+
+
+def check_unused(given: Mapping[str, Any], tools: str, chosen: str) -> None:
+    """Refuse tools that the model is to choose from; those that it is told not to use change nothing.
+
+    Args:
+        tools, chosen: the keys that list them and that say which is used.
+    """
+    if given.get(tools) and given.get(chosen) != "none":
+        only()(tools, given[tools])
 
 
 def texts(most: int, longest: int = _MAX_TEXT) -> Check:

@@ -64,11 +64,11 @@ async def completions(context: Context, request: Request) -> Response:
 
     await while_here(request, begin())
     if given.get("stream"):
-        return stream(context, request, "completions", completion.events(), texts)
+        return await stream(context, request, "completions", completion.events(), texts)
     return await whole(request, completion.whole(), texts)
 
 
-def stream(
+async def stream(
     context: Context,
     request: Request,
     route: str,
@@ -76,7 +76,12 @@ def stream(
     texts: Texts,
     failed: Callable[[APIError], bytes] = lambda error: event(error.body),
 ) -> EventStream:
-    """A stream that ends its texts when the client leaves."""
+    """A stream that ends its texts when the client leaves; APIError, before it begins, if the engine refuses them."""
+    try:
+        await while_here(request, texts.taken())
+    except BaseException:
+        texts.cancel()
+        raise
 
     def ended(outcome: str) -> None:
         texts.cancel()

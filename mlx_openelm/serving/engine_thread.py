@@ -37,6 +37,8 @@ class Sink(Protocol):
 
     def piece(self, text: Text, piece: Piece, now: float) -> None: ...
 
+    def taken(self, text: Text) -> None: ...
+
     def ended(self, text: Text, error: APIError | None) -> None: ...
 
     def solved(self, task: Task, result: Any, error: APIError | None) -> None: ...
@@ -114,8 +116,8 @@ class EngineThread(threading.Thread):
         while True:
             self._receive()
             self._admit()
+            self._flush()  # what is refused or taken need not wait for a step
             if self.is_stopping and not self._is_busy:
-                self._flush()
                 self._models.save()
                 return
             for resident in self._models.residents:
@@ -165,6 +167,9 @@ class EngineThread(threading.Thread):
                 return False
             if isinstance(one, Task):
                 self.tasks.append((one, resident))
+            elif one.options.get("num_draft_tokens") and resident.draft is None:
+                message = "num_draft_tokens needs a draft model, and the server has none; leave it out."
+                raise APIError(message, param="num_draft_tokens")
             else:
                 resident.engine.budget.max_bytes = self._models.text_bytes
                 one.row = resident.engine.submit(
@@ -173,6 +178,7 @@ class EngineThread(threading.Thread):
                 one.row.warns, one.row.continues = False, one.continues
                 self.texts[one.row] = one, resident
                 self._has_new = True
+                self._outbox.append(partial(self._sink.taken, one))
         except Exception as error:
             self._end(one, error)
         return True

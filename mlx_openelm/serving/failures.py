@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, rename_flags
 from ..generation.options import GenerationOptions
 
-# The names that messages of `RequestError` begin with, and the keys of requests where these are called otherwise.
+# The options that messages of `RequestError` name, and the keys of requests where these are called otherwise.
 _OPTIONS = {field.name for field in fields(GenerationOptions)}
 _KEYS = {"temp": "temperature", "json_schema": "response_format", "json_object": "response_format"}
 
@@ -64,7 +64,7 @@ def unavailable() -> APIError:
 
 
 def as_api_error(error: BaseException) -> APIError:
-    """What a failure is answered with; what is wrong with an option names its key.
+    """What a failure is answered with; what is wrong with an option names its key, not a flag or Python's argument.
 
     Messages of unexpected errors stay here: they may hold paths or what another request sent.
     """
@@ -72,12 +72,24 @@ def as_api_error(error: BaseException) -> APIError:
         return error
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if "too long" in str(error) else None
-        name = str(error).partition(" ")[0].rstrip(":")
+        name = _option(error.written.partition(" ")[0].rstrip(":"))
         param = _KEYS.get(name, name) if name in _OPTIONS else None
-        return APIError(str(error), 400, param=param, code=code)
+        return APIError(rename_flags(error.written, _for_clients), 400, param=param, code=code)
     if isinstance(error, OpenELMError):
-        return APIError(str(error), 500)
+        return APIError(rename_flags(error.written, _for_clients), 500)
     return APIError("The server failed while it worked on this request.", 500, code=type(error).__name__)
+
+
+def _option(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _for_clients(flag: str) -> str:
+    """What clients call an option: by its key, or as the server's flag if requests cannot give it."""
+    name = _option(flag)
+    if name not in _OPTIONS:
+        return f"the server's {flag}"
+    return "temperature" if name == "temp" else name
 
 
 def to_json(values: Any) -> bytes:

@@ -10,7 +10,20 @@ from starlette.responses import Response
 
 from ..generation.piece import Piece
 from .chat import MAX_MESSAGES, render
-from .checks import Check, boolean, choice, integer, mapping, max_tokens, only, read_fields, short_text, text
+from .checks import (
+    Check,
+    array,
+    boolean,
+    check_unused,
+    choice,
+    integer,
+    mapping,
+    max_tokens,
+    only,
+    read_fields,
+    short_text,
+    text,
+)
 from .completions import MAX_LOGPROBS, stream, whole
 from .context import Context, new_id, now
 from .failures import APIError
@@ -105,7 +118,7 @@ FIELDS: dict[str, Check] = {
     "top_logprobs": integer(0, MAX_LOGPROBS),
     "include": _include,
     "truncation": only("disabled"),
-    "tools": only([]),
+    "tools": array,
     "tool_choice": only("none", "auto"),
     "parallel_tool_calls": boolean,
     "background": only(False),
@@ -122,6 +135,7 @@ FIELDS: dict[str, Check] = {
 async def responses(context: Context, request: Request) -> Response:
     """`POST /v1/responses`."""
     given, entry, adapter = await context.take(request, FIELDS, "input")
+    check_unused(given, "tools", "tool_choice")
     conversation = given["input"]
     if "instructions" in given:
         conversation = [{"role": "system", "content": given["instructions"]}, *conversation]
@@ -131,11 +145,11 @@ async def responses(context: Context, request: Request) -> Response:
     options |= given.get("text", {}).get("options", {})
     options["top_logprobs"] = given.get("top_logprobs", 0)
     constraint = await context.constrain(request, entry, options, "text.format")
-    texts = Texts(context.worker, entry, adapter, [ids], [options], constraint)
+    texts = Texts(context.worker, entry, adapter, [ids], [options], constraint, max_tokens="max_output_tokens")
     response = _Response(given, entry, texts, options)
     texts.submit()
     if given.get("stream"):
-        return stream(context, request, "responses", response.events(), texts, response.failed)
+        return await stream(context, request, "responses", response.events(), texts, response.failed)
     return await whole(request, response.whole(), texts)
 
 
@@ -240,7 +254,7 @@ class _Response:
             "temperature": self.options["temp"],
             "text": {"format": given.get("text", {}).get("format", {"type": "text"})},
             "tool_choice": given.get("tool_choice", "auto"),
-            "tools": [],
+            "tools": given.get("tools", []),
             "top_logprobs": given.get("top_logprobs", 0),
             "top_p": self.options["top_p"],
             "truncation": "disabled",

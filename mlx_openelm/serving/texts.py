@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -26,6 +27,9 @@ T = TypeVar("T")
 
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
+
+# How long a stream waits to begin until the engine has taken its texts, so that what is wrong is a status.
+_TAKING_SECONDS = 10.0
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second for nginx, which collects events
 
@@ -53,6 +57,7 @@ class Texts:
         options: of each, for `Engine.submit`.
         constraint: of all of them; see `Context.constrain`.
         continues: whether each text is read right after its prompt, as in `generation.output.Output`.
+        max_tokens: what the route calls this option, for errors.
     """
 
     def __init__(
@@ -65,8 +70,10 @@ class Texts:
         constraint: Constraint | None = None,
         *,
         continues: bool = False,
+        max_tokens: str = "max_tokens",
     ):
-        self.worker = worker
+        self.worker, self._max_tokens = worker, max_tokens
+        self._is_submitted = False
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
         self.texts: list[Text] = []
         leaders: dict[int, Text] = {}
@@ -80,6 +87,22 @@ class Texts:
     def submit(self) -> None:
         """Hand them to the engine; APIError if there is no room."""
         self.worker.submit(self.texts)
+        self._is_submitted = True
+
+    async def taken(self) -> None:
+        """Return once the engine has taken what was submitted, or is busy with other things for seconds.
+
+        Raises:
+            APIError: the engine refuses a text.
+        """
+        if self._is_submitted:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TAKING_SECONDS):
+                    for text in self.texts:
+                        if text.leader is None:  # the others are handed over after it, and ask for the same
+                            await text.is_settled.wait()
+                            if text.error is not None:
+                                raise self._named(text.error)
 
     def cancel(self) -> None:
         """End those that are not done; nothing if they are."""
@@ -97,10 +120,14 @@ class Texts:
                 if isinstance(event, APIError):
                     if pieces:
                         yield pieces
-                    raise event
+                    raise self._named(event)
                 pieces.append((index, event))
                 left -= event.finish_reason is not None
             yield pieces
+
+    def _named(self, error: APIError) -> APIError:
+        error.message = re.sub(r"\bmax_tokens\b", self._max_tokens, error.message)
+        return error
 
     async def collect(self) -> list[Result]:
         """All texts, when they are complete."""
@@ -144,7 +171,7 @@ class Deadline:
     @property
     def error(self) -> APIError:
         """The error of a request that takes longer."""
-        message = f"The request took more than {self.seconds:g} seconds; lower max_tokens, or try again later."
+        message = f"The request took more than {self.seconds:g} seconds; ask for fewer tokens, or try again later."
         # OpenAI's clients repeat what got 408, and would wait as long again, twice.
         return APIError(message, 408, code="timeout", headers={"x-should-retry": "false"})
 

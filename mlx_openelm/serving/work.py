@@ -26,6 +26,7 @@ class Text:
 
     Attributes:
         events: (index, `Piece`) for each token, or (index, `APIError`) at the end of a text that failed.
+        is_settled: set when the engine has taken the text, or `error` has ended it.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Text:
         self.events, self.index, self.leader, self.constraint = events, index, leader, constraint
         self.continues = continues
         self.is_cancelled = False
+        self.is_settled = asyncio.Event()
+        self.error: APIError | None = None
         self.row: Row | None = None
         self.submitted = time.perf_counter()
         self.last: float | None = None  # when its last piece came

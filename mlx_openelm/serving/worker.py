@@ -137,10 +137,16 @@ class Worker:
                 self.metrics.accepted.inc(piece.drafts.accepted)
         text.events.put_nowait((text.index, piece))
 
+    def taken(self, text: Text) -> None:
+        """The engine has found nothing wrong with a text."""
+        text.is_settled.set()
+
     def ended(self, text: Text, error: APIError | None) -> None:
         """A text has failed, or was cancelled."""
         if text in self.in_flight:
             self.in_flight.discard(text)
+            text.error = error
+            text.is_settled.set()
             if error is not None:
                 text.events.put_nowait((text.index, error))
 
