@@ -21,7 +21,7 @@ from ...inputs import to_path
 from ...jobs.writing import origin_of
 from ...model import OpenELM
 from ...publishing.origin import Origin
-from ...sources import find_tokenizer, open_source
+from ...sources import find_tokenizer, named_tokenizer, open_source
 from ...text import shared_tokenizer
 from ...text.tokenizer import Tokenizer
 from ...wording import did_you_mean
@@ -79,7 +79,7 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
     if isinstance(model, Mapping):
         return _from_sizes(model, loading, seed, max_seq_length)
     if isinstance(model, ModelConfig):
-        return _new(model, _named_tokenizer(loading), seed, "own sizes")
+        return _new(model, _needed_tokenizer(loading), seed, "own sizes")
     if not isinstance(model, str | Path):
         raise RequestError(f"model must be a name, a path, or sizes by their names, got {quote(model)}.")
     is_local = os.path.exists(to_path(model))
@@ -106,7 +106,7 @@ def _from_name(name: str, loading: Loading, seed: int) -> Start:
     assert release is not None
     config = ModelConfig.from_name(release.name)
     if loading.tokenizer is not None:
-        tokenizer = _named_tokenizer(loading)
+        tokenizer = _needed_tokenizer(loading)
         return _new(replace(config, vocab_size=tokenizer.vocab_size), tokenizer, seed, release.display_name)
     return _new(config, shared_tokenizer.find(release), seed, release.display_name)
 
@@ -136,7 +136,7 @@ def _from_sizes(sizes: Mapping[str, Any], loading: Loading, seed: int, max_seq_l
     if loading.tokenizer is None and release is not None:
         tokenizer = shared_tokenizer.find(release)
     else:
-        tokenizer = _named_tokenizer(loading)
+        tokenizer = _needed_tokenizer(loading)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ModelConfig.from_dict(_FAMILY | {"vocab_size": tokenizer.vocab_size} | ids | own)
     return _new(config, tokenizer, seed, "own sizes" if release is None else release.display_name)
@@ -200,15 +200,13 @@ def _load(checkpoint: Any) -> OpenELM:
     return model
 
 
-def _named_tokenizer(loading: Loading) -> Tokenizer:
+def _needed_tokenizer(loading: Loading) -> Tokenizer:
     if loading.tokenizer is None:
         raise RequestError(
             "--tokenizer is needed for a model of your own sizes: a file or folder, such as "
             "`mlx-openelm train-tokenizer` writes, or tiny."
         )
-    path = to_path(loading.tokenizer)
-    packaged = None if path.exists() else catalog.PACKAGED.get(str(loading.tokenizer))
-    return Tokenizer.from_file(packaged or path)
+    return named_tokenizer(loading.tokenizer)
 
 
 def _refuse_file_settings(name: str, loading: Loading) -> None:
