@@ -64,7 +64,7 @@ def load(
             default float32 on a CPU, on a GPU bfloat16 or the stored half precision. By default our CPU kernels compute
             in float32 with matrices in their stored type; to train weights that are stored in half precision, give
             float32.
-        tokenizer: a tokenizer file or folder, in place of the model's own.
+        tokenizer: a tokenizer file or folder, or `tiny`, in place of the model's own.
         tokenizer_config: special tokens and a chat template to use in place of the tokenizer's own, as in mlx-lm:
             `{"eos_token": "<|endoftext|>"}`; see `Tokenizer.with_config`.
         config_yaml: the training configuration of a CoreNet checkpoint; not needed for published sizes.

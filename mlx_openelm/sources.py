@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def open_source(
     Args:
         model: `tiny`, an alias, a hub name, a folder (in the layout of Hugging Face, MLX or CoreNet's MLX port), a
             CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`, which is downloaded.
-        tokenizer: a tokenizer file or folder, in place of the model's own.
+        tokenizer: a tokenizer file or folder, or `tiny`, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; not needed for published sizes.
         revision: a branch, tag or commit on the hub.
 
@@ -235,7 +235,7 @@ def find_tokenizer(
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in ENGINES if (folder / name).exists()), None)
     if named is not None:
-        tokenizer = Tokenizer.from_file(to_path(named), eos_token_ids=config.eos_token_ids, rows=rows)
+        tokenizer = named_tokenizer(named, eos_token_ids=config.eos_token_ids, rows=rows)
     elif beside is not None:
         if path.is_dir():
             tokenizer = Tokenizer.from_folder(folder, rows=rows)
@@ -257,6 +257,24 @@ def find_tokenizer(
             "give the model's own with --tokenizer."
         )
     return tokenizer
+
+
+def named_tokenizer(
+    named: str | Path, *, eos_token_ids: Collection[int] | None = None, rows: int | None = None
+) -> Tokenizer:
+    """The tokenizer of a file, a folder, or a model inside the package, unless a local folder overrides its name.
+
+    Args:
+        eos_token_ids, rows: as in `Tokenizer.from_folder`.
+
+    Raises:
+        RequestError: there is no tokenizer, or it is damaged.
+    """
+    path = to_path(named)
+    packaged = catalog.PACKAGED.get(str(named).strip())
+    if packaged is not None and not any((path / name).is_file() for name in ENGINES):
+        path = packaged
+    return Tokenizer.from_file(path, eos_token_ids=eos_token_ids, rows=rows)
 
 
 def tokenizer_advice(path: Path, config: ModelConfig) -> str:

@@ -425,3 +425,15 @@ def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path, monkeyp
     assert told("--rank and --warmup.").endswith(" rank and warmup are set in c.yaml.")
     for other in ("--learning-rate is 0.", "--warmup-init is 0.", "no/nowhere is a file.", "rank 0."):
         assert told(other) == other
+
+
+def test_an_error_about_the_model_does_not_blame_a_setting_of_the_same_value() -> None:
+    from_file = {"model": {"name": "tiny", "head_dim": 7}, "tokenizer": "tiny"}
+
+    def told(message: str) -> str:
+        return str(with_place(RequestError(message), from_file, "c.yaml"))
+
+    assert told("The model's name must be one of 3b, tiny, got 'tiny'.").endswith(". model.name is set in c.yaml.")
+    assert told("head_dim must be even, got 7.").endswith(". model.head_dim is set in c.yaml.")
+    assert told("No tokenizer at tiny.").endswith(". tokenizer is set in c.yaml.")
+    assert told("Data has no name.") == "Data has no name."

@@ -466,6 +466,25 @@ def test_text_that_is_empty_is_an_error(tmp_path: Path) -> None:
         data.step()
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("mode", ["packed", "corenet"])
+def test_text_under_another_key_is_an_error_that_names_the_option(tmp_path: Path, name: str, mode: str) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"content": texts(3)})
+    parquet.write_table(table, tmp_path / name) if "parquet" in name else write_lines(
+        tmp_path / name, texts(3), "content"
+    )
+    advice = "if the text is under another key, name it with text_key, or as text_key of its source"
+    with make(str(tmp_path), mode=mode, ftfy=False) as data, pytest.raises(RequestError, match=advice):
+        data.step()
+    data = make(str(tmp_path), mode=mode, ftfy=False, skip_damaged=True)
+    with data, pytest.raises(RequestError, match=f"no (text|column).*{advice}"):
+        data.step()
+    options = DataOptions(data=str(tmp_path), valid=str(tmp_path / name), skip_damaged=True)
+    with pytest.raises(RequestError, match=advice):
+        read_validation(options, TOKENIZER, max_seq_length=8)
+
+
 # --- files ---
 
 

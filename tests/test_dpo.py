@@ -28,6 +28,7 @@ from mlx_openelm.training.run import reference as reference_module
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics, figure, read
 from mlx_openelm.training.step import preference_losses
+from mlx_openelm.training.step.optimizers import make_optimizer
 from mlx_openelm.training.step.preferences import Preference
 from mlx_openelm.training.step.updater import Updater
 
@@ -442,6 +443,10 @@ def test_apples_recipes(size):
     assert (options.beta, options.max_seq_length, options.max_prompt_length) == (0.01, 1024, 512)
     assert (options.batch_size, options.grad_accumulation_steps, options.optimizer) == (8, 2, "adamw")
     assert (options.lr_schedule, options.fine_tune_type, options.seed) == ("cosine", "full", 42)
+    # The defaults of transformers' TrainingArguments, which Apple's file does not change.
+    assert (options.weight_decay, options.max_grad_norm) == (0.0, 1.0)
+    adamw = make_optimizer(options)
+    assert (adamw.betas, adamw.eps, adamw.weight_decay, adamw.bias_correction) == ([0.9, 0.999], 1e-8, 0.0, True)
     steps = 61_000 * options.epochs / 16
     assert options.warmup == pytest.approx(steps / 10, rel=0.02)
 

@@ -406,6 +406,7 @@ def test_prompts_are_rendered_as_fine_tuning_renders_them():
     for values, message in (
         ({"prompt": 3}, "x: 'prompt' is a number, not text or messages"),
         ({"prompt": ""}, "x: 'prompt' is empty"),
+        ({"prompt": None}, "x: 'prompt' is null; give it a value"),
         ({"text": "a"}, r"x: has none of the known sets of keys \(prompt\)"),
     ):
         with pytest.raises(RequestError, match=f"^{message}"):

@@ -141,6 +141,8 @@ def test_labeled_conversations_for_kto():
     ("values", "expected"),
     [
         ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label; "),
+        ({"prompt": "A", "chosen": "b", "rejected": None}, "line 1: 'rejected' is null; give it a value"),
+        ({"prompt": "A", "completion": "b", "label": None}, "line 1: 'label' is null; give it a value"),
         ({"messages": [USER, GOOD], "label": 2}, "'label' must be true or false, got 2"),
         ({"messages": [USER], "label": True}, "The last message must be the assistant's"),
         ({"messages": [], "label": True}, "The last message must be the assistant's"),

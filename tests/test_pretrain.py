@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx_openelm
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.hub import catalog
 from mlx_openelm.loading import load
 from mlx_openelm.training import pretrain as pretrain_module
 from mlx_openelm.training.data.corpus import packed
@@ -23,6 +24,7 @@ from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.options.pretraining import PretrainOptions
 from mlx_openelm.training.pretrain import Pretrained, pretrain
 from mlx_openelm.training.run import metrics as metrics_module
+from mlx_openelm.training.run import starting
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.run.preparing import Loading
@@ -209,7 +211,8 @@ def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
     ("model", "changes", "message"),
     [
         (SIZES | {"model_dims": 3}, {}, "unknown field 'model_dims'; did you mean model_dim?"),
-        (SIZES | {"name": "7b"}, {}, "name must be one of 270m, 450m, 1.1b, 3b, got '7b'"),
+        (SIZES | {"name": "7b"}, {}, "^The model's name must be one of 270m, 450m, 1.1b, 3b, tiny, .*, got '7b'"),
+        (SIZES | {"name": 7}, {}, "^The model's name must be one of .*, got 7"),
         (SIZES | {"vocab_size": 9}, {}, "tokenizer has 2048 tokens, but the model only 9"),
         ({"model_dim": 64}, {}, "has no num_transformer_layers"),
         (SIZES, {"data": ()}, "data is needed"),
@@ -248,6 +251,24 @@ def test_missing_text_is_refused_before_the_model_is_made(here, monkeypatch):
     for changes in ({"data": ("absent.txt",)}, {"valid": ("absent.txt",)}):
         with pytest.raises(RequestError, match="no folder or file absent.txt"):
             train(**changes)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-draft"])
+def test_a_packaged_model_with_other_layers(name):
+    made = starting.start({"name": name, "num_transformer_layers": 3}, Loading(), seed=0, max_seq_length=32)
+    whole = ModelConfig.from_file(catalog.PACKAGED[name])
+    config = made.model.config
+    changed = {"num_transformer_layers", "num_query_heads", "num_kv_heads", "ffn_multipliers", "qkv_multipliers"}
+    ours, theirs = config.to_dict(), whole.to_dict()
+    assert {key for key in ours if ours[key] != theirs[key]} <= changed and config.num_transformer_layers == 3
+    assert config.ffn_multipliers == (0.5, 2.25, 4.0) and made.name == name
+    assert starting.start({"name": name}, Loading(), seed=0, max_seq_length=32).model.config == whole
+
+
+def test_a_file_with_a_wrong_name_of_a_model_names_that_key(here):
+    (here / "run.yaml").write_text("model: {name: tiny-drafts}\ntokenizer: tiny-drafts\ndata: data\n")
+    done = run_here("pretrain", "--config", "run.yaml", folder=here)
+    assert done.returncode == 2 and done.stderr.endswith("got 'tiny-drafts'. model.name is set in run.yaml.\n")
 
 
 def test_a_model_of_own_sizes_needs_a_tokenizer(here):

@@ -20,7 +20,8 @@ from mlx_openelm import convert, load, loading
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.hub import catalog, corenet
-from mlx_openelm.sources import open_source
+from mlx_openelm.sources import named_tokenizer, open_source
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +59,20 @@ def test_a_missing_file_is_refused(name: str, hub: FakeHub) -> None:
     with pytest.raises(RequestError, match=f"file {name} does not exist"):
         open_source(name)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", [*catalog.PACKAGED, Path("tiny"), " tiny"])
+def test_a_tokenizer_may_be_named_by_a_packaged_model(name: str | Path) -> None:
+    tokenizer = open_source(FOLDER, tokenizer=name).tokenizer
+    assert tokenizer.encode("To be") == Tokenizer.from_folder(catalog.PACKAGED[str(name).strip()]).encode("To be")
+
+
+def test_a_local_tokenizer_overrides_a_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # without a tokenizer, such as a run's output
+    assert named_tokenizer("tiny").vocab_size == named_tokenizer(catalog.TINY_FOLDER).vocab_size
+    shutil.copy(FOLDER / "tokenizer.model", tmp_path / "tiny" / "tokenizer.model")
+    assert named_tokenizer("tiny").model_file == Path("tiny", "tokenizer.model")
 
 
 def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

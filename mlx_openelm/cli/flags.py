@@ -278,7 +278,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "TOKEN",
         "help": "Token, or its id, that also ends the text; repeatable.",
     },
-    "--tokenizer": {"metavar": "PATH", "help": "Tokenizer file or folder.  [default: the model's own]"},
+    "--tokenizer": {"metavar": "PATH", "help": "Tokenizer file or folder, or tiny.  [default: the model's own]"},
     "--config-yaml": {
         "metavar": "FILE",
         "help": "Training configuration of a CoreNet checkpoint; the four published sizes need none.",

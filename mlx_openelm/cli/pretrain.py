@@ -70,7 +70,9 @@ def run(args: Namespace) -> int:
     given = {key: getattr(args, key) for key in _MODEL_KEYS if getattr(args, key) is not None}
     given |= flags.given(args, PretrainOptions)
     place, values = _file_settings(given, args.config or [])
-    model = given.pop("model", values.pop("model", None))
+    of_file = values.pop("model", None)
+    from_file = {} if "model" in given else {"model": of_file}
+    model = given.pop("model", of_file)
     merged = config_file.merge(PretrainOptions, values, given, model_keys=_MODEL_KEYS[1:], place=place)
     if model is None:
         raise RequestError("--model is needed: a size such as 270m, or a model to continue from; or give --config.")
@@ -87,7 +89,7 @@ def run(args: Namespace) -> int:
             console.say("Stopped before training began; nothing was saved.")
         return 130
     except RequestError as error:
-        raise config_file.with_place(error, merged.from_file, place) from None
+        raise config_file.with_place(error, from_file | merged.from_file, place) from None
     if not leads:
         return 0  # an error would make mlx.launch end the first process, which may still be writing
     if args.json:

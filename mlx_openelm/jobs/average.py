@@ -49,7 +49,8 @@ def average(
         models: two or more, each an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or
             `corenet:SIZE/NAME`. Means are computed in float32.
         dtype: the type to write; by default the stored type of the checkpoints, float32 if they differ.
-        tokenizer: a tokenizer file or folder, in place of the models' own; by default the first model's is written.
+        tokenizer: a tokenizer file or folder, or `tiny`, in place of the models' own; by default the first model's is
+            written.
         config_yaml: the training configuration of CoreNet checkpoints.
         overwrite: replace `mlx_path` if it exists.
         progress: called with the bytes written so far and in all; by default they are shown, with None or False not.

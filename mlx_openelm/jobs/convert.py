@@ -65,7 +65,7 @@ def convert(
         recipe: more bits for some matrices than for others, in place of q_bits: mixed_2_6, mixed_3_4, mixed_3_6
             or mixed_4_6.
         dequantize: unpack a quantized model.
-        tokenizer: a tokenizer file or folder, in place of the model's own.
+        tokenizer: a tokenizer file or folder, or `tiny`, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `mlx_path` if it exists.

@@ -68,7 +68,7 @@ def export(
             float16 matrices with float16 activations, and those of the 3B model exceed that type's range.
         dtype: the type of a Hugging Face folder's weights. By default the stored type; float32, which holds every
             value, for a model that is quantized or stored in several types.
-        tokenizer: a tokenizer file or folder, in place of the model's own.
+        tokenizer: a tokenizer file or folder, or `tiny`, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `output` if it exists.

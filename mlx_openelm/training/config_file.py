@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -126,10 +126,31 @@ def with_place(error: RequestError, from_file: Mapping[str, Any], place: str) ->
         place: what the sentence calls the file.
     """
     message = str(error)
-    names = [key for key, value in from_file.items() if _is_named(flag(key), message) or _is_named(value, message)]
+    settings = dict(_flat(from_file))
+    names = [key for key in settings if _names(key, message)]
+    # "X must be Y, got Z" names its setting, and the values Y and Z may be other settings' too.
+    if not names or ", got " not in message:
+        names = [key for key, value in settings.items() if key in names or _is_named(value, message)]
     if not names:
         return error
     return type(error)(f"{message} {' and '.join(names)} {'is' if len(names) == 1 else 'are'} set in {place}.")
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings with a model's sizes one by one: `model.head_dim`."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", None) for name in value)
+        else:
+            yield key, value
+
+
+def _names(key: str, message: str) -> bool:
+    """Whether a message names a setting: by its flag, or `model.name` as "model's name", `model.head_dim` as such."""
+    owner, _, name = key.partition(".")
+    if not name:
+        return _is_named(flag(key), message)
+    return _is_named(f"{owner}'s {name}", message) or ("_" in name and _is_named(name, message))
 
 
 def _is_named(what: Any, message: str) -> bool:

@@ -16,7 +16,7 @@ from ..inputs import path_list, to_path
 from ..text.sentencepiece_training import NUM_SPECIAL, lines_of, train_model
 from ..text.tokenizer import Tokenizer
 from .data.corpus.documents import read_texts
-from .data.corpus.files import TextFile, find_files
+from .data.corpus.files import OTHER_KEY, TextFile, find_files
 from .options.source import Source
 from .options.tokenizer import TokenizerOptions
 
@@ -130,4 +130,6 @@ class _Reading:
                 # Nearly the bytes read; a compressed file is shorter than its text.
                 self._show("Reading the corpus", before + min(size - 1, self.characters - start), sum(sizes))
             before += size
+        if not self.documents:
+            raise RequestError(f"The data holds no text to train a tokenizer on; {OTHER_KEY}.")
         self._show("Reading the corpus", before, before)

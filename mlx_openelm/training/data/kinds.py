@@ -131,12 +131,19 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
         if (other := _kind_of(values, kinds)) is not None:
             return f"holds {other.name}, but {first.source} holds {kind.name}; one file is of one kind"
         missing = next(key for key in kind.keys if values.get(key) is None)
-        return f"{quote(missing)} is null, not text" if missing in values else f"has no {quote(missing)}"
+        return _null(missing) if missing in values else f"has no {quote(missing)}"
     if kinds is KINDS and (key := next((key for key in _OTHERS if key in values), None)) is not None:
         return f"holds {_OTHERS[key]}"
+    nulls = [[key for key in kind.keys if values[key] is None] for kind in kinds if set(kind.keys) <= set(values)]
+    if fewest := min(filter(None, nulls), key=len, default=None):
+        return _null(fewest[0])
     found = ", ".join(quote(key) for key in list(values)[:6]) or "no keys"
     known = _KNOWN if kinds is KINDS else "; ".join(", ".join(kind.keys) for kind in kinds)
     return f"has none of the known sets of keys ({known}): it has {found}"
+
+
+def _null(key: str) -> str:
+    return f"{quote(key)} is null; give it a value, or leave the record out"
 
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:

@@ -21,7 +21,7 @@ from ...inputs import to_path
 from ...jobs.writing import origin_of
 from ...model import OpenELM
 from ...publishing.origin import Origin
-from ...sources import find_tokenizer, open_source
+from ...sources import find_tokenizer, named_tokenizer, open_source
 from ...text import shared_tokenizer
 from ...text.tokenizer import Tokenizer
 from ...wording import did_you_mean
@@ -39,6 +39,11 @@ _FAMILY: dict[str, Any] = {
     "normalize_qk_projections": True,
     "share_input_output_layers": True,
 }
+# What else tells its models apart; values of single layers follow from these.
+_SHAPE = (
+    *("num_transformer_layers", "model_dim", "head_dim", "ffn_dim_divisor"),
+    *("max_context_length", "rope_max_length"),
+)
 _NAME = "name"
 
 
@@ -67,8 +72,9 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
 
     Args:
         model: `270m`, `OpenELM-270M` and so on, or `tiny` and `tiny-draft`, mean new weights of that shape; so does a
-            mapping of `ModelConfig`'s fields, which may begin with `name: 270m`. A folder, a file or another hub
-            repository means its weights; a `training_checkpoint_*.pt` also the state of its optimizer.
+            mapping of `ModelConfig`'s fields, which may begin with `name: 270m` or `name: tiny`. A folder, a
+            file or another hub repository means its weights; a `training_checkpoint_*.pt` also the state of its
+            optimizer.
         seed: of new weights.
         max_seq_length: the context of a new model that gives none.
 
@@ -79,7 +85,7 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
     if isinstance(model, Mapping):
         return _from_sizes(model, loading, seed, max_seq_length)
     if isinstance(model, ModelConfig):
-        return _new(model, _named_tokenizer(loading), seed, "own sizes")
+        return _new(model, _needed_tokenizer(loading), seed, "own sizes")
     if not isinstance(model, str | Path):
         raise RequestError(f"model must be a name, a path, or sizes by their names, got {quote(model)}.")
     is_local = os.path.exists(to_path(model))
@@ -106,7 +112,7 @@ def _from_name(name: str, loading: Loading, seed: int) -> Start:
     assert release is not None
     config = ModelConfig.from_name(release.name)
     if loading.tokenizer is not None:
-        tokenizer = _named_tokenizer(loading)
+        tokenizer = _needed_tokenizer(loading)
         return _new(replace(config, vocab_size=tokenizer.vocab_size), tokenizer, seed, release.display_name)
     return _new(config, shared_tokenizer.find(release), seed, release.display_name)
 
@@ -119,27 +125,36 @@ def _from_sizes(sizes: Mapping[str, Any], loading: Loading, seed: int, max_seq_l
         if key != _NAME and key not in known:
             hint = did_you_mean(str(key), [_NAME, *known])
             raise RequestError(f"The model has an unknown field {quote(key)}{hint and f'; {hint}'}")
-    name = values.pop(_NAME, None)
+    name: Any = values.pop(_NAME, None)
     own = {key: value for key, value in values.items() if value is not None}
-    release = None
     if name is not None:
-        release = catalog.find(name) if isinstance(name, str) else None
-        if release is None:
-            sizes_known = ", ".join(size.replace("_", ".").lower() for size in SIZES)
-            raise RequestError(f"The model's name must be one of {sizes_known}, got {quote(name)}.")
-        layers, model_dim, head_dim = SIZES[release.size.replace(".", "_")]
-        own = {"num_transformer_layers": layers, "model_dim": model_dim, "head_dim": head_dim} | own
+        own = _shape_of(name) | own
     else:
         context = own.get("max_context_length", max_seq_length)
         rope = 2 * context if isinstance(context, int) else context
         own = {"max_context_length": context, "rope_max_length": rope} | own
+    release = None if name is None else catalog.find(name)
     if loading.tokenizer is None and release is not None:
         tokenizer = shared_tokenizer.find(release)
+    elif loading.tokenizer is None and name is not None:
+        tokenizer = named_tokenizer(catalog.PACKAGED[name])
     else:
-        tokenizer = _named_tokenizer(loading)
+        tokenizer = _needed_tokenizer(loading)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = ModelConfig.from_dict(_FAMILY | {"vocab_size": tokenizer.vocab_size} | ids | own)
-    return _new(config, tokenizer, seed, "own sizes" if release is None else release.display_name)
+    return _new(config, tokenizer, seed, release.display_name if release is not None else name or "own sizes")
+
+
+def _shape_of(name: Any) -> dict[str, Any]:
+    """The fields in which a published size, or a model inside the package, differs from others of the family."""
+    if isinstance(name, str) and name in catalog.PACKAGED:
+        config = ModelConfig.from_file(catalog.PACKAGED[name])
+    elif isinstance(name, str) and (release := catalog.find(name)) is not None:
+        config = ModelConfig.from_name(release.name)
+    else:
+        known = ", ".join([*(size.replace("_", ".").lower() for size in SIZES), *catalog.PACKAGED])
+        raise RequestError(f"The model's name must be one of {known}, got {quote(name)}.")
+    return {field: getattr(config, field) for field in _SHAPE}
 
 
 def _new(config: ModelConfig, tokenizer: Tokenizer, seed: int, name: str) -> Start:
@@ -200,15 +215,13 @@ def _load(checkpoint: Any) -> OpenELM:
     return model
 
 
-def _named_tokenizer(loading: Loading) -> Tokenizer:
+def _needed_tokenizer(loading: Loading) -> Tokenizer:
     if loading.tokenizer is None:
         raise RequestError(
             "--tokenizer is needed for a model of your own sizes: a file or folder, such as "
             "`mlx-openelm train-tokenizer` writes, or tiny."
         )
-    path = to_path(loading.tokenizer)
-    packaged = None if path.exists() else catalog.PACKAGED.get(str(loading.tokenizer))
-    return Tokenizer.from_file(packaged or path)
+    return named_tokenizer(loading.tokenizer)
 
 
 def _refuse_file_settings(name: str, loading: Loading) -> None:

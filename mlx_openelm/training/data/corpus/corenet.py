@@ -13,6 +13,7 @@ from collections import Counter
 from typing import Any
 
 from ....errors import RequestError
+from .documents import no_text
 from .files import TextFile
 from .packed import Chunks, Document
 from .reader import Chunk, Position, Stream
@@ -66,6 +67,8 @@ class _Rows:
             self._chunk = self._chunks.take(self._number)
             self._position, self._taken, self._is_counted = self._chunk.position, 0, False
             if self._position.epoch > searched_from + 1:
+                if not self._counts["documents"]:
+                    raise no_text(self._chunk.file)
                 raise RequestError(
                     f"No text in {self._chunk.file.path} passes the filters of --mode corenet; lower --min-tokens and "
                     "--min-characters, or give longer documents."

@@ -16,7 +16,7 @@ from ....errors import RequestError, quote
 from ....inputs import LFS_POINTER, kind_of, pointer_error
 from ....json_values import spread_error
 from ....wording import install, some
-from .files import TextFile
+from .files import OTHER_KEY, TextFile
 
 # Documents of a chunk, the unit that workers read and tokenize: of lines, blank ones count.
 CHUNK = 16
@@ -39,6 +39,10 @@ class Raw:
 
 class Damaged(Exception):
     """A document that cannot be read; the text says why."""
+
+
+class NoKey(Damaged):
+    """A document without the key of its text."""
 
 
 def read_chunks(file: TextFile, start: int = 0) -> Iterator[tuple[list[Raw], bool]]:
@@ -80,10 +84,16 @@ def read_texts(files: Iterable[TextFile], *, skip_damaged: bool = False) -> Iter
 
 def damaged(file: TextFile, raw: Raw, reason: Damaged) -> RequestError:
     """The error for a document that cannot be read."""
+    first = f"{OTHER_KEY}; else " if isinstance(reason, NoKey) else ""
     return RequestError(
-        f"{place_of(file.path, raw.number)}: {reason} ({file.path}); correct it, or leave such documents out with "
-        "--skip-damaged."
+        f"{place_of(file.path, raw.number)}: {reason} ({file.path}); {first}correct it, or leave such documents out "
+        "with --skip-damaged."
     )
+
+
+def no_text(file: TextFile) -> RequestError:
+    """The error for a source, with this file, in which there is no text."""
+    return RequestError(f"There is no text in {file.path} and the other files of its source; {OTHER_KEY}.")
 
 
 def text_of(raw: Raw, file: TextFile) -> str:
@@ -104,7 +114,7 @@ def text_of(raw: Raw, file: TextFile) -> str:
     if isinstance(value, dict):
         if file.text_key not in value:
             found = some([quote(str(key)) for key in value]) or "nothing"
-            raise Damaged(f"has no {quote(file.text_key)}; it has {found}")
+            raise NoKey(f"has no {quote(file.text_key)}; it has {found}")
         value = value[file.text_key]
     elif not isinstance(value, str | None) or isinstance(raw.content, bytes):
         raise Damaged(f"is {kind_of(value)}, not a JSON object with {quote(file.text_key)}")
@@ -191,7 +201,7 @@ def _table(file: TextFile, start: int) -> Iterator[list[Raw]]:
         with parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
             if file.text_key not in table.schema_arrow.names:
                 names = some([quote(name) for name in table.schema_arrow.names])
-                raise RequestError(f"{file.path} has no column {quote(file.text_key)}; it has {names}.")
+                raise RequestError(f"{file.path} has no column {quote(file.text_key)}; it has {names}; {OTHER_KEY}.")
             done = 0  # rows of the row groups before
             rest: list[Raw] = []
             for group in range(table.num_row_groups):

@@ -20,6 +20,8 @@ SUFFIXES = (
 )
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 1_000_000
+# What to do about data without text.
+OTHER_KEY = "if the text is under another key, name it with --text-key, or as text_key of its source"
 
 
 @dataclass(frozen=True)

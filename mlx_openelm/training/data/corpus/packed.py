@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from typing import Any, NamedTuple
 
-from ....errors import RequestError
+from .documents import no_text
 from .filling import Piece, fill
 from .reader import Chunk, Position
 from .repeating import Chunks
@@ -70,7 +70,7 @@ class _Source:
             assert self._next is not None
             # A source without text would be searched for ever.
             if not self._documents and searched_from is not None and self._next.position.epoch > searched_from + 1:
-                raise RequestError(f"There is no text in {self._next.file.path} and the other files of its source.")
+                raise no_text(self._next.file)
             searched_from = self._start.epoch if searched_from is None else searched_from
             self._start, self._taken, self._block = self._next.position, 0, self._block + 1
             self._is_counted = False

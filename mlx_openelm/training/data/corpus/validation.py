@@ -12,7 +12,7 @@ from ....text.tokenizer import Tokenizer
 from ...options.corpus import DataOptions
 from ..batches import IGNORED, Batch, padded, to_mlx
 from .documents import read_texts
-from .files import find_files, validation_sources
+from .files import OTHER_KEY, find_files, validation_sources
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def read_validation(
     files = [file for source in sources for file in find_files(source, "valid", options.text_key)]
     texts = list(read_texts(files, skip_damaged=options.skip_damaged))
     if not texts:
-        raise RequestError(f"There is no text to validate on in {', '.join(source.path for source in sources)}.")
+        names = ", ".join(source.path for source in sources)
+        raise RequestError(f"There is no text to validate on in {names}; {OTHER_KEY}.")
     if max_windows is not None:
         random.Random(seed).shuffle(texts)
     return _make(texts, tokenizer, max_seq_length, max_windows)
