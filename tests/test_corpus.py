@@ -300,6 +300,16 @@ def test_data_costs_a_fraction_of_a_workers_time(
     assert used < 4 * 0.5 * steps * 16 * 2048 / TOKENS_PER_SECOND
 
 
+def test_the_tokenizer_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a tenth of a second for a large one."""
+    spec, read = TOKENIZER.spec, []
+    monkeypatch.setattr(Tokenizer, "spec", property(lambda tokenizer: read.append(tokenizer) or spec))
+    write_lines(tmp_path / "a.jsonl", texts(10))
+    with make(str(tmp_path), batch_size=1) as data:
+        data.step()
+    assert len(read) == 1
+
+
 def test_a_window_is_read_while_the_one_before_it_is_used(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", texts(100))
     with make(str(tmp_path), batch_size=2, shuffle_buffer=4) as data:

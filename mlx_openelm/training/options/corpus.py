@@ -155,9 +155,8 @@ class DataOptions(Options):
         self._check_mode()
 
     def _check_mode(self) -> None:
-        if self.mode == CORENET:
-            if any(source.weight != 1.0 for source in self.data):
-                raise RequestError("--mode corenet reads every file as often as any other; weights need --mode packed.")
+        if self.mode == CORENET and any(source.weight != 1.0 for source in self.data):
+            raise RequestError("--mode corenet reads every file as often as any other; weights need --mode packed.")
         for mode, only in _OF_MODES.items():
             changed = [field for field in only if getattr(self, field) != getattr(DataOptions, field)]
             if changed and mode != self.mode:
