@@ -23,6 +23,7 @@ from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.options.pretraining import PretrainOptions
 from mlx_openelm.training.pretrain import Pretrained, pretrain
 from mlx_openelm.training.run import metrics as metrics_module
+from mlx_openelm.training.run import starting
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.run.preparing import Loading
@@ -195,6 +196,31 @@ def test_it_continues_from_a_folder(here):
     assert "The model continues from the weights of model." in notes.lines
     old, new = (dict(tree_flatten(load(name)[0].parameters())) for name in ("model", "pretrained/model"))
     assert all(mx.array_equal(old[name], new[name]).item() for name in old)
+
+
+def test_cards_say_what_training_began_from(here):
+    train(iters=1, warmup=0)
+    train("pretrained/model", loading=Loading(), iters=1, warmup=0, output="more")
+    mlx_openelm.average(["pretrained/model", "more/model"], "mean", progress=False)
+    begun = "own sizes, trained from random weights"
+    expected = {
+        "pretrained/model": begun,
+        "more/model": f"{begun}, continued from pretrained",
+        "mean": f"the mean of {begun}, {begun}, continued from pretrained",
+    }
+    for folder, what in expected.items():
+        card = (here / folder / "README.md").read_text()
+        assert f"This is an OpenELM model ({what}), for MLX" in card
+        assert "its makers choose the license" in card and "original" not in card
+
+
+def test_a_local_model_that_is_continued_is_named(here):
+    write_tiny(here / "model")
+    origins = [starting.start(name, Loading(), seed=0, max_seq_length=48).origin for name in ("model", "tiny")]
+    assert [(origin.name, origin.from_scratch) for origin in origins] == [
+        ("continued from model", False),
+        ("tiny, trained from random weights", True),  # not the model of that name, which has a license and a text
+    ]
 
 
 def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
