@@ -33,7 +33,10 @@ SHORT: dict[str, Any] = {
 
 
 def options(**changes: Any) -> PretrainOptions:
-    return PretrainOptions(**SHORT | changes)
+    short = SHORT | changes
+    if short.get("mode") == "corenet":
+        short["shuffle_buffer"] = PretrainOptions.shuffle_buffer  # the mode has none
+    return PretrainOptions(**short)
 
 
 def write_folder(folder: Path) -> Path:

@@ -57,6 +57,9 @@ def write_lines(path: Path, documents: list[str], key: str = "text") -> Path:
     return path
 
 
+SMALL_PIECES = {"min_tokens": 8, "min_characters": 5}
+
+
 def make(data: Any, *, batch_size: int = 4, length: int = LENGTH, workers: int = 0, run: dict | None = None, **options):
     options = DataOptions(data=data, num_workers=workers, **options)
     return PretrainingData(options, TOKENIZER, batch_size=batch_size, max_seq_length=length, **(run or {}))
@@ -206,10 +209,10 @@ def test_workers_do_not_change_the_data(tmp_path: Path, mode: str, workers: int)
     pytest.importorskip("ftfy")
     for number in range(5):
         write_lines(tmp_path / f"{number}.jsonl", texts(30 + number, seed=number))
-    options = {"mode": mode} | ({"min_tokens": 8, "min_characters": 5} if mode == "corenet" else {})
-    with make(str(tmp_path), shuffle_buffer=20, **options) as data:
+    options: dict[str, Any] = {"mode": mode, **({"shuffle_buffer": 20} if mode == "packed" else SMALL_PIECES)}
+    with make(str(tmp_path), **options) as data:
         expected = take(data, 30)
-    with make(str(tmp_path), workers=workers, shuffle_buffer=20, **options) as data:
+    with make(str(tmp_path), workers=workers, **options) as data:
         assert take(data, 30) == expected
 
 
@@ -219,8 +222,8 @@ def test_a_stream_continues_exactly_with_other_numbers_of_workers_and_processes(
     for number in range(5):
         write_lines(tmp_path / f"{number}.jsonl", texts(30 + number, seed=number))
     sources = [str(tmp_path), {"path": str(tmp_path / "1.jsonl")}]
-    options = {"mode": mode, "shuffle_buffer": 20}
-    options |= {"min_tokens": 8, "min_characters": 5, "corenet_processes": 2} if mode == "corenet" else {}
+    options: dict[str, Any] = {"mode": mode}
+    options |= {"shuffle_buffer": 20} if mode == "packed" else SMALL_PIECES | {"corenet_processes": 2}
     with make(sources, run={"grad_accumulation_steps": 2}, **options) as data:
         states, expected, totals = [], [], []
         for _ in range(60):
@@ -253,6 +256,11 @@ TOKENS_PER_SECOND = 60_000  # of a device; the tests below must leave it no more
 ROWS = {"batch_size": 16, "length": 2048}
 
 
+def buffer_of(mode: str) -> dict[str, int]:
+    """A small buffer, in the mode that has one."""
+    return {"shuffle_buffer": 64} if mode == "packed" else {}
+
+
 def write_essays(folder: Path, number: int = 300) -> str:
     """A file of a million tokens in lines of up to 80 characters, a tenth of them with curly quotes."""
     documents = []
@@ -283,13 +291,23 @@ def test_data_costs_a_fraction_of_a_workers_time(
     monkeypatch.setattr(Tokenizer, "encode", timed)
     repaired("“ﬁrst”")  # ftfy makes its tables
     started = time.process_time()
-    with make(path, mode=mode, shuffle_buffer=64, **ROWS) as data:
+    with make(path, mode=mode, **buffer_of(mode), **ROWS) as data:
         for _ in range(steps):
             data.step()
         used = time.process_time() - started
     assert used < most * encoding  # 1.1 and 1.8 here; 2.8 if ftfy gets lines that it would not change
     # Four times what a worker has for it, which should be enough for any machine.
     assert used < 4 * 0.5 * steps * 16 * 2048 / TOKENS_PER_SECOND
+
+
+def test_the_tokenizer_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a tenth of a second for a large one."""
+    spec, read = TOKENIZER.spec, []
+    monkeypatch.setattr(Tokenizer, "spec", property(lambda tokenizer: read.append(tokenizer) or spec))
+    write_lines(tmp_path / "a.jsonl", texts(10))
+    with make(str(tmp_path), batch_size=1) as data:
+        data.step()
+    assert len(read) == 1
 
 
 def test_a_window_is_read_while_the_one_before_it_is_used(tmp_path: Path) -> None:
@@ -311,7 +329,7 @@ def test_a_device_hardly_waits_for_data(tmp_path: Path, mode: str, monkeypatch: 
     """A device that needs a third of what one worker can give now, on this machine, in steps of equal length."""
     pytest.importorskip("ftfy")
     monkeypatch.undo()
-    with make(write_essays(tmp_path), mode=mode, workers=1, shuffle_buffer=64, **ROWS) as data:
+    with make(write_essays(tmp_path), mode=mode, workers=1, **buffer_of(mode), **ROWS) as data:
         data.step()
         started = time.perf_counter()
         for _ in range(33):  # more than a window of packed rows
@@ -814,8 +832,11 @@ def test_the_example_in_the_guide_is_valid() -> None:
         ({"data": {"path": "a", "weight": 0}}, "with a weight of more than 0"),
         ({"data": "a", "mode": "pack"}, "mode must be packed or corenet, got 'pack'"),
         ({"data": "a", "shuffle_buffer": -1}, "shuffle_buffer must be 0 or more"),
-        ({"data": "a", "min_tokens": 3}, "min_tokens is for mode corenet"),
+        ({"data": "a", "min_tokens": 3}, "min_tokens is for mode corenet; leave it out"),
+        ({"data": "a", "piece_words": 3}, "piece_words is for mode corenet"),
+        ({"data": "a", "shuffle_buffer": 3, "mode": "corenet"}, "shuffle_buffer is for mode packed; leave it out"),
         ({"data": {"path": "a", "weight": 2}, "mode": "corenet"}, "weights need mode packed"),
+        ({"data": "a", "valid": {"path": "b", "weight": 2}}, "valid has a weight, which is for data"),
     ],
 )
 def test_invalid_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -384,6 +384,16 @@ def test_held_out_prompts_to_which_no_reward_applies_are_named(here):
         tune(replace(SHORT, reward_funcs=("rewards.py:never",), val_batches=1))
 
 
+def test_completions_without_any_reward_are_warned_of_once(here):
+    notes = Notes()
+    tune(replace(SHORT, reward_funcs=("rewards.py:never",), val_batches=0, iters=2), notes)
+    (warning,) = (line for line in notes.lines if line.startswith("No reward applies"))
+    assert warning.startswith("No reward applies to 4 of the 4 completions of step 1: never returned None or NaN")
+    notes = Notes()
+    tune(replace(SHORT, val_batches=0, iters=2), notes, overwrite=True)
+    assert not any(line.startswith("No reward applies") for line in notes.lines)
+
+
 def test_prompts_are_rendered_as_fine_tuning_renders_them():
     _, tokenizer = load("tiny-instruct")
     turn = [{"role": "user", "content": "Hello."}]

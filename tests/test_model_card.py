@@ -215,6 +215,24 @@ def test_a_file_too_large_for_a_license_is_not_copied(apple: Path) -> None:
         assert find_origin(apple).licenses == licenses
 
 
+def test_a_model_from_random_weights_has_no_original(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_card(folder, name="x", origin=Origin("own sizes, trained from random weights", from_scratch=True))
+    text = (folder / "README.md").read_text()
+    assert "This is an OpenELM model (own sizes, trained from random weights), for MLX" in text
+    assert "None is stated: the model was trained from random weights" in text
+    assert "original" not in text and "authors" not in text
+    assert find_origin(folder).from_scratch
+    assert not find_origin(folder, repo="me/x").from_scratch  # the original is what was downloaded
+    shapes = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    monkeypatch.setattr(ModelConfig, "from_name", lambda name: shapes)
+    assert find_origin(folder.rename(folder.with_name("OpenELM-270M"))).base_model is None  # which is another model
+
+
+def test_the_license_that_the_makers_of_a_model_choose_is_its_own(folder: Path) -> None:
+    write_card(folder, name="x", origin=Origin("mine", metadata={"license": "mit"}, from_scratch=True))
+    assert "The weights are under this license: mit." in (folder / "README.md").read_text()
+
+
 def test_code_called_license_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)

@@ -32,6 +32,8 @@ SHAPES = [
     ([6, 192, 2048], "compact", 2, 128, False),
     pytest.param(([3, 1024, 2048], "compact", 2, 128, False), marks=pytest.mark.slow),
     ([6, 192, 8000], "lora", 1, 24, False),
+    ([1, 64, 2048], "packed", 2, 1024, False),
+    ([1, 64, 4096], "full", 4, 64, False),
 ]
 LARGE = [("270M", "lora", 2, 512, False), ("270M", "lora", 2, 512, True), ("270M", "full", 1, 256, False)]
 
@@ -58,17 +60,19 @@ def measure(size, method, rows, length, grad_checkpoint):
             "max_context_length": 2048, "rope_max_length": 4096, "share_input_output_layers": True})
     model = OpenELM(config)
     layers = 1 if method == "last" else -1
-    is_full, is_compact = method in ("full", "compact"), method == "compact"
+    is_full, is_compact = method in ("full", "compact", "packed"), method == "compact"
+    packed = method == "packed"
     attach_new(model, rank=8, dora=method == "dora", num_layers=layers) if not is_full else model.unfreeze()
     if is_compact:
         model.set_dtype(mx.bfloat16)
-    options = TrainOptions(grad_checkpoint=grad_checkpoint)
+    options = TrainOptions(grad_checkpoint=grad_checkpoint, packing=packed)
     updater = Updater(model, make_optimizer(options), recompute="layers" if grad_checkpoint else "parts",
                       compute_dtype=mx.bfloat16 if is_compact else None, is_compact=is_compact)
     mx.eval(model.parameters(), updater.held())
     planned = planning.plan(updater, options, (rows, length)).memory.peak
     tokens = mx.random.randint(3, 1000, (rows, length + 1))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, tuple(range(rows)), rows * length, rows * length)
+    segments = mx.zeros((rows, length), dtype=mx.int32) if packed else None
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, tuple(range(rows)), rows * length, rows * length)
     for step in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()

@@ -199,6 +199,31 @@ def test_it_continues_from_a_folder(here):
     assert all(mx.array_equal(old[name], new[name]).item() for name in old)
 
 
+def test_cards_say_what_training_began_from(here):
+    train(iters=1, warmup=0)
+    train("pretrained/model", loading=Loading(), iters=1, warmup=0, output="more")
+    mlx_openelm.average(["pretrained/model", "more/model"], "mean", progress=False)
+    begun = "own sizes, trained from random weights"
+    expected = {
+        "pretrained/model": begun,
+        "more/model": f"{begun}, continued from pretrained",
+        "mean": f"the mean of {begun}, {begun}, continued from pretrained",
+    }
+    for folder, what in expected.items():
+        card = (here / folder / "README.md").read_text()
+        assert f"This is an OpenELM model ({what}), for MLX" in card
+        assert "its makers choose the license" in card and "original" not in card
+
+
+def test_a_local_model_that_is_continued_is_named(here):
+    write_tiny(here / "model")
+    origins = [starting.start(name, Loading(), seed=0, max_seq_length=48).origin for name in ("model", "tiny")]
+    assert [(origin.name, origin.from_scratch) for origin in origins] == [
+        ("continued from model", False),
+        ("tiny, trained from random weights", True),  # not the model of that name, which has a license and a text
+    ]
+
+
 def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
     train(SIZES | {"vocab_size": 2176}, iters=1, warmup=0)
     state = mx.load(str(here / "pretrained" / "checkpoints" / "0000001" / "weights.safetensors"))
@@ -327,7 +352,8 @@ def kill_and_resume(folder: Path, flags: tuple, kills: int, seed: int) -> None:
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here):
     flags = ("--mode", "corenet", "--min-tokens", 8, "--min-characters", 8, "--iters", 10, "--save-every", 1)
-    kill_and_resume(here, ("--config", "run.yaml", *flags), 1, seed=1)
+    # The file's buffer is for the other mode.
+    kill_and_resume(here, ("--config", "run.yaml", "--shuffle-buffer", 2048, *flags), 1, seed=1)
 
 
 @pytest.mark.slow

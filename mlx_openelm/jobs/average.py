@@ -152,4 +152,5 @@ def _origin(sources: Sequence[Source]) -> Origin:
         relation="merge" if bases else None,
         metadata=shared if is_same_license else {k: v for k, v in shared.items() if k not in license_fields[0]},
         licenses=first.licenses if is_same_license else (),
+        from_scratch=all(origin.from_scratch for origin in origins),
     )

@@ -81,6 +81,7 @@ def compose_card(
         rounded_to=rounded_to,
         adapters=tuple(adapters),
         trained_tokens=trained_tokens,
+        from_scratch=origin.from_scratch or None,
     )
     return _compose(contents, name, _metadata(contents, origin, method), facts)
 

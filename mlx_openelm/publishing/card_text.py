@@ -43,6 +43,7 @@ class Facts:
     rounded_to: str | None = None
     adapters: tuple[str, ...] = ()
     trained_tokens: int | None = None
+    from_scratch: bool | None = None  # None for no
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, without the empty ones."""
@@ -130,7 +131,7 @@ def render(contents: Contents, name: str, metadata: Mapping[str, Any], facts: Fa
         *_quantization(contents, facts),
         *_quality(facts),
         "## License",
-        _license(metadata),
+        _license(metadata, facts),
         "## How to use",
         *_usage(contents, name),
     ]
@@ -256,17 +257,20 @@ def _quality(facts: Facts) -> Iterator[str]:
     yield "\n".join(rows)
 
 
-def _license(metadata: Mapping[str, Any]) -> str:
+def _license(metadata: Mapping[str, Any], facts: Facts) -> str:
     name = metadata.get("license_name") or metadata.get("license")
     link = metadata.get("license_link")
+    base = metadata.get("base_model")
+    is_original = bool(facts.from_scratch) and not base
     if not name and not link:
-        base = metadata.get("base_model")
+        if is_original:
+            return "None is stated: the model was trained from random weights, and its makers choose the license."
         is_conversion = metadata.get("base_model_relation") in (None, "quantized")
         if is_conversion and catalog.find_repo(base) is not None:
             return f"The weights are under the license of [{base}](https://huggingface.co/{base}): see its page."
         return "No license came with the original, so none is stated here; ask its authors before you share the model."
     text = f"[{name or 'its license'}]({link})" if link else str(name)
-    return f"The weights are under the license of the original: {text}."
+    return f"The weights are under {'this license' if is_original else 'the license of the original'}: {text}."
 
 
 def _usage(contents: Contents, name: str) -> Iterator[str]:

@@ -34,6 +34,7 @@ class Origin:
         relation: how it derives from `base_model`; None if it is only a conversion of it.
         metadata: the license and language that its card states.
         licenses: its license files.
+        from_scratch: whether there is no original: training began from random weights.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Origin:
     relation: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licenses: tuple[Path, ...] = ()
+    from_scratch: bool = False
 
 
 def find_origin(path: Path, *, repo: str | None = None, base_model: str | None = None, offline: bool = False) -> Origin:
@@ -68,7 +70,8 @@ def _local_origin(path: Path, repo: str | None, base_model: str | None) -> Origi
     describes_model = folder == path or card.facts is not None
     if not describes_model:
         card = EMPTY
-    repo = base_model or repo or _repo_of(path)
+    from_scratch = card.facts is not None and bool(card.facts.from_scratch)
+    repo = base_model or repo or _repo_of(path, by_name=not from_scratch)
     licenses = _license_files(folder) if describes_model else ()
     metadata = _copied_fields(card, repo, licenses)
 
@@ -81,7 +84,7 @@ def _local_origin(path: Path, repo: str | None, base_model: str | None) -> Origi
         return Origin(name or stated_name, stated, str(relation) if is_derived else None, metadata, licenses)
     if repo is not None:
         return Origin(repo, repo, None, metadata, licenses)
-    return Origin(name or path.name, None, None, metadata, licenses)
+    return Origin(name or path.name, None, None, metadata, licenses, from_scratch)
 
 
 def _with_license(origin: Origin) -> Origin:
@@ -98,12 +101,12 @@ def _with_license(origin: Origin) -> Origin:
     return replace(origin, metadata={**origin.metadata, **fields}, licenses=licenses)
 
 
-def _repo_of(path: Path) -> str | None:
+def _repo_of(path: Path, *, by_name: bool) -> str | None:
     """The hub repository a local folder is a copy of: by its place in the hub's cache, or by its name and shapes."""
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     release = catalog.find(path.resolve().name)
-    if release is None or path.is_file():
+    if release is None or path.is_file() or not by_name:
         return None
     try:
         is_same = Contents.read(path).shapes == ModelConfig.from_name(release.name).tensor_shapes()

@@ -129,7 +129,7 @@ class GroupTuning(Method):
                 for line in examples_of(sampler, model, prompts.examples[0]):
                     request.listener.say(line)
         roller = Roller(sampler, request.processes, self._reference)
-        return GroupSteps(prompts.examples, roller, updater, partial(request.listener.working, "Generating"))
+        return GroupSteps(prompts.examples, roller, updater, request.listener)
 
     def further_memory(self, request: Request, prepared: Prepared) -> tuple[int, int]:
         """Bytes of a second model as the reference, and of generation."""

@@ -226,6 +226,11 @@ class TrainOptions(Options):
         """What is recomputed, whichever option set it."""
         return LAYERS if self.grad_checkpoint else self.recompute
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether rows of training hold several examples."""
+        return self.packing
+
     def __post_init__(self) -> None:
         paths_as_text(self)
         for field, kind in field_types(type(self)).items():

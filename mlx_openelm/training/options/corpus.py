@@ -19,7 +19,11 @@ MODES = (PACKED, CORENET)
 _MIN_CHARACTERS, _MIN_TOKENS = 200, 256
 # Tokenizing half a million tokens a second, a process feeds a fast GPU; more than these are never idle for long.
 _MOST_WORKERS = 4
-_OF_CORENET = ("min_characters", "min_tokens", "corenet_processes")
+# The options that each mode is alone in using.
+_OF_MODES = {
+    PACKED: ("shuffle_buffer",),
+    CORENET: ("min_characters", "min_tokens", "corenet_processes", "piece_words"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -144,16 +148,16 @@ class DataOptions(Options):
         for source in (*self.data, *self.valid):
             if not source.path.strip():
                 raise RequestError("The path of a source is empty; name a file, a folder or a data set.")
+        if any(source.weight != 1.0 for source in self.valid):
+            raise RequestError("--valid has a weight, which is for --data; validation reads every source once.")
         if self.token_cache is not None and not self.token_cache.strip():
             raise RequestError("--token-cache must name a folder.")
         self._check_mode()
 
     def _check_mode(self) -> None:
-        if self.mode == CORENET:
-            if any(source.weight != 1.0 for source in self.data):
-                raise RequestError("--mode corenet reads every file as often as any other; weights need --mode packed.")
-            return
-        changed = [field for field in _OF_CORENET if getattr(self, field) is not None]
-        changed += ["piece_words"] if self.piece_words != DataOptions.piece_words else []
-        if changed:
-            raise RequestError(f"{flag(changed[0])} is for --mode corenet; leave it out.")
+        if self.mode == CORENET and any(source.weight != 1.0 for source in self.data):
+            raise RequestError("--mode corenet reads every file as often as any other; weights need --mode packed.")
+        for mode, only in _OF_MODES.items():
+            changed = [field for field in only if getattr(self, field) != getattr(DataOptions, field)]
+            if changed and mode != self.mode:
+                raise RequestError(f"{flag(changed[0])} is for --mode {mode}; leave it out.")

@@ -18,6 +18,7 @@ LOSSES = (*COMBINED, *REFERENCE_FREE, *LABELED)
 
 # The losses that each option is for.
 _OF_LOSSES = {
+    "beta": tuple(name for name in LOSSES if name != "sft"),
     "label_smoothing": ("sigmoid", "sigmoid_norm", "robust", "cpo", "simpo"),
     "cpo_alpha": ("cpo", "simpo"),
     "simpo_gamma": ("simpo",),
@@ -200,9 +201,11 @@ class PreferenceOptions(FineTuneOptions):
                 f"--loss-weights must have a number for each of --loss-type's {len(names)}, got "
                 f"{len(self.loss_weights)}."
             )
+        if self.loss_weights is not None and names == LABELED:
+            raise RequestError("--loss-weights is for losses of pairs, not for --loss-type kto; leave it out.")
         if self.loss_weights is not None and not any(self.loss_weights):
             raise RequestError("--loss-weights are all 0, so nothing would be learned; give one above 0.")
-        if self.reference_free and names[0] in REFERENCE_FREE:
+        if self.reference_free and (names[0] in REFERENCE_FREE or names == ("sft",)):
             raise RequestError(f"--loss-type {names[0]} takes no reference model anyway; leave out --reference-free.")
         for option, owners in _OF_LOSSES.items():
             if getattr(self, option) != getattr(type(self), option) and not set(owners) & set(names):

@@ -9,7 +9,7 @@ from ...errors import RequestError
 from ...options import Option
 from ...wording import flag
 from . import BFLOAT16, OPTIMIZERS, SCHEDULES, TrainOptions
-from .corpus import CORENET, DataOptions
+from .corpus import CORENET, PACKED, DataOptions
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,6 +109,11 @@ class PretrainOptions(TrainOptions, DataOptions):
         ),
     ] = ()
     sample_tokens: Annotated[int, Option("Tokens of each continuation.", group="Reports")] = 64
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether rows of training hold several documents."""
+        return self.mode == PACKED
 
     def __post_init__(self) -> None:
         super().__post_init__()

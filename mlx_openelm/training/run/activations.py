@@ -23,6 +23,7 @@ class _Buffers:
         inner: [rows, inner] arrays in the gradients of a feed-forward.
         weights, qkv: of a block's attention weights, and of queries, keys and values, in the gradients of attention.
         ahead: bytes of small arrays.
+        outstanding: bytes of results at which kernels wait for those before them; 0 if there are none.
     """
 
     logits_first: float
@@ -33,12 +34,13 @@ class _Buffers:
     weights: float
     qkv: float
     ahead: int = 0
+    outstanding: int = 0
 
 
 # As measured on a CPU, where MLX allocates for about ten operations ahead of the one it runs.
 _BUFFERS = _Buffers(8.0, 4.0, 17.0, 6.0, 14.5, 10.0, 6.4)
 # Our CPU kernels let MLX allocate only a few megabytes ahead.
-_BUFFERS_OF_KERNELS = _Buffers(6.6, 0.0, 6.6, 2.8, 4.4, 0.0, 4.4, 6_000_000)
+_BUFFERS_OF_KERNELS = _Buffers(6.6, 0.0, 6.6, 2.8, 4.4, 0.0, 4.4, 6_000_000, 4 << 20)
 
 # On CUDA, MLX submits graphs of up to a hundred operations, up to eleven ahead of the running one, and holds their
 # arrays until they are done. So a step that follows others holds these bytes in addition: in small steps the first for
@@ -57,6 +59,7 @@ class Shape:
         recompute: what the backward pass recomputes, as in `forward.hidden_states`.
         fused: whether attention's gradient is MLX's, as in `strategy.fuses_attention_gradient`.
         dropout: whether adapters use dropout.
+        packed: whether rows hold several examples, which takes a mask.
     """
 
     rows: int
@@ -65,11 +68,20 @@ class Shape:
     recompute: str
     fused: bool = False
     dropout: bool = False
+    packed: bool = False
 
     @property
     def width(self) -> int:
         """Bytes of an array with one activation per position."""
         return self.rows * self.length * self.itemsize
+
+    @property
+    def mask(self) -> int:
+        """Bytes of the attention mask that all layers share: booleans, or numbers to add."""
+        if not self.packed:
+            return 0
+        each = self.itemsize if self.fused else 4 if backend.has_kernels() else 1
+        return self.rows * self.length**2 * each
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class _Layer:
 
 
 def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
-    """The peak bytes of activations, temporary buffers, and the gradients that exist at that moment.
+    """The peak bytes of activations, temporary buffers, the mask, and the gradients that exist at that moment.
 
     Args:
         first: the lowest layer with trained parameters; nothing is kept for those below it.
@@ -109,15 +121,16 @@ def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
     saved[:first] = [0] * first
     if shape.fused:
-        return sum(saved) + _ahead(layers[first:], shape) + outside + sum(by_layer)
+        return shape.mask + sum(saved) + _ahead(layers[first:], shape) + outside + sum(by_layer)
     buffers = _BUFFERS_OF_KERNELS if backend.has_kernels() else _BUFFERS
     chunks, chunk = _chunks(config, shape)
-    in_loss = sum(saved) + 5 * shape.width * config.model_dim + buffers.head * outside
-    most = in_loss + chunk * min(buffers.logits_most, buffers.logits_first + buffers.logits_more * (chunks - 1))
+    of_chunk = chunk * min(buffers.logits_most, buffers.logits_first + buffers.logits_more * (chunks - 1))
+    of_chunk += buffers.head * outside
+    most = sum(saved) + 5 * shape.width * config.model_dim + _chunks_at_once(config, shape, buffers) * of_chunk
     for index, layer in list(enumerate(layers))[first:]:
         gradients = outside + sum(by_layer[index:])
         most = max(most, sum(saved[: index + 1]) + _temporary(layer, shape, buffers) + gradients)
-    return most
+    return shape.mask + most
 
 
 def _ahead(layers: list[_Layer], shape: Shape) -> float:
@@ -130,6 +143,16 @@ def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
     """The number of chunks that the loss is computed in, and the bytes of the logits of one."""
     positions, rows = shape.rows * shape.length, here().loss_rows
     return -(-positions // rows), min(rows, positions) * config.vocab_size * 4
+
+
+def _chunks_at_once(config: ModelConfig, shape: Shape, buffers: _Buffers) -> int:
+    """The chunks whose buffers exist at the same time: kernels begin the next one if its logits are few."""
+    chunks, chunk = _chunks(config, shape)
+    by_hidden = chunk // config.vocab_size * config.model_dim  # the gradient of the chunk before
+    if chunk + by_hidden > buffers.outstanding:
+        return 1
+    # Logits and their exponentials are results of kernels.
+    return min(chunks, max(2, 1 + buffers.outstanding // (2 * chunk)))
 
 
 def _temporary(layer: _Layer, shape: Shape, buffers: _Buffers) -> float:

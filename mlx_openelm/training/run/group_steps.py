@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+from ...errors import name_options
 from ..data.batches import Batches, padded
 from ..data.prompts import Prompt
 from ..step.grpo import CompletionBatch
 from ..step.updater import Updater
-from .rollouts import Group, Progress, Roller
+from .listener import Listener
+from .rollouts import Group, Roller
 
 
 class GroupStep:
@@ -43,7 +46,7 @@ class GroupSteps(Batches):
     A run that stops between such updates keeps their completions in its checkpoint.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], roller: Roller, updater: Updater, progress: Progress | None = None):
+    def __init__(self, prompts: Sequence[Prompt], roller: Roller, updater: Updater, listener: Listener):
         options = roller.sampler.options
         super().__init__(
             prompts,
@@ -52,7 +55,8 @@ class GroupSteps(Batches):
             seed=options.seed,
             make=lambda rows, rank, size: rows,
         )
-        self._roller, self._updater, self._progress = roller, updater, progress
+        self._roller, self._updater, self._listener = roller, updater, listener
+        self._warned = False
         self._iterations, self._generations = options.num_iterations, options.num_generations
         self._prompt_steps = self.steps_per_epoch
         self.steps_per_epoch *= self._iterations
@@ -99,7 +103,24 @@ class GroupSteps(Batches):
     def _make_batches(self, number: int, prompts: Sequence[Prompt]) -> tuple[Group, list[CompletionBatch]]:
         if self._group is None or self._group[0] != number:
             with self._updater.computing() as model:
-                group = self._roller.roll(model, prompts, f"step {number}", self._progress)
+                progress = partial(self._listener.working, "Generating")
+                group = self._roller.roll(model, prompts, f"step {number}", progress)
+            self._warn_of_missing_rewards(number, group)
             self._group = number, group
         group = self._group[1]
         return group, self._roller.batches(group)
+
+    def _warn_of_missing_rewards(self, number: int, group: Group) -> None:
+        """Say once in a run that completions got no reward."""
+        missing = sum(all(map(math.isnan, row)) for row in group.rewards)
+        if not missing or self._warned:
+            return
+        self._warned = True
+        names = ", ".join(self._roller.sampler.rewards.names)
+        self._listener.warn(
+            name_options(
+                f"No reward applies to {missing} of the {len(group.rewards)} completions of step "
+                f"{number * self._iterations + 1}: {names} returned None or NaN, and nothing is learned from such "
+                "completions; look at --reward-funcs."
+            )
+        )

@@ -104,6 +104,7 @@ class _Setting:
         recompute: as in `forward.hidden_states`, or AUTO.
         accumulates: whether the gradients of several micro-batches are added up.
         is_compact: whether the optimizer's state is as in `compact`.
+        packed: whether rows hold several examples.
     """
 
     rows: int
@@ -111,6 +112,7 @@ class _Setting:
     recompute: str
     accumulates: bool
     is_compact: bool
+    packed: bool
 
 
 def _room(memory: Memory) -> float:
@@ -135,7 +137,8 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int], furthe
         return _estimate_run(updater, setting).beside(*further)
 
     rows, length = shape
-    setting = _Setting(rows, length, options.recomputed, options.grad_accumulation_steps > 1, updater.is_compact)
+    accumulates = options.grad_accumulation_steps > 1
+    setting = _Setting(rows, length, options.recomputed, accumulates, updater.is_compact, options.packs_rows)
     if setting.recompute == AUTO:
         level = _choose_recomputed(lambda level: memory_of(replace(setting, recompute=level)))
         setting = replace(setting, recompute=level)
@@ -194,7 +197,7 @@ def _estimate_run(updater: Updater, setting: _Setting) -> Memory:
     fused, dropout = fuses_attention_gradient(dtype, model.config.head_dim), bool(dropout_layers(model))
     return estimate(
         model.config,
-        Shape(setting.rows, setting.length, dtype.size, setting.recompute, fused, dropout),
+        Shape(setting.rows, setting.length, dtype.size, setting.recompute, fused, dropout, setting.packed),
         model_bytes=model_bytes,
         optimizer_bytes=moments // 2 if setting.is_compact and not updater.is_compact else moments,
         trained=trained,

@@ -26,6 +26,7 @@ from ...text import shared_tokenizer
 from ...text.tokenizer import Tokenizer
 from ...wording import did_you_mean
 from ..step.initial_weights import initial_weights
+from .folder import RUN
 from .preparing import Loading
 
 # The name of a published size or the model inside the package, a folder or file, or the sizes of a new model.
@@ -55,7 +56,8 @@ class Start:
         model: its vocabulary may be larger than the tokenizer's, by rows that belong to no token.
         description: a line that says what the model starts from.
         name: a short name for titles.
-        origin: what is known about the model that is continued; None for a new one.
+        origin: what is known about the model that is continued, or that a new one has no original; None for the
+            checkpoint of a CoreNet run.
         training: the state of the CoreNet run that is continued; None for another start.
     """
 
@@ -167,7 +169,8 @@ def _new(config: ModelConfig, tokenizer: Tokenizer, seed: int, name: str) -> Sta
     model.load_weights(list(initial_weights(config, seed).items()))
     mx.eval(model.parameters())
     count = f"{config.num_parameters / 1e6:,.1f}M parameters"
-    return Start(model, tokenizer, f"The model is new: {name}, {count}, random weights of seed {seed}.", name)
+    line = f"The model is new: {name}, {count}, random weights of seed {seed}."
+    return Start(model, tokenizer, line, name, Origin(f"{name}, trained from random weights", from_scratch=True))
 
 
 def _existing(name: str | Path, loading: Loading) -> Start:
@@ -187,7 +190,16 @@ def _existing(name: str | Path, loading: Loading) -> Start:
     origin = origin_of(source)
     if origin.base_model is not None:
         origin = replace(origin, relation="finetune")
+    else:
+        origin = replace(origin, name=_continued(origin, source.path))
     return Start(model, source.tokenizer, f"The model continues from the weights of {name}.", Path(name).name, origin)
+
+
+def _continued(origin: Origin, path: Path) -> str:
+    """What to call the origin of a local model that is continued; a model in the folder of a run has the run's name."""
+    folder = path.resolve().parent
+    name = folder.name if (folder / RUN).is_file() else path.name
+    return f"continued from {name}" if origin.name == path.name else f"{origin.name}, continued from {name}"
 
 
 def _corenet_run(path: Path, loading: Loading) -> Start:

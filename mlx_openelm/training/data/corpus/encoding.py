@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ....errors import RequestError
-from ....text.fingerprint import fingerprint
 from ....text.tokenizer import Tokenizer
 from ....wording import install
 
@@ -79,11 +78,11 @@ class Encoder:
             text = repaired(text)
         return self.tokenizer.encode(text, add_bos=False)
 
-    def fingerprint(self) -> str:
-        """A hash of everything that the tokens of a text depend on."""
+    def fingerprint(self, tokenizer: str) -> str:
+        """A hash of everything that the tokens of a text depend on; `tokenizer` is the tokenizer's fingerprint."""
         settings = [self.repairs, self.piece_words, self.min_characters, self.min_tokens, self.max_tokens]
         version = _ftfy().__version__ if self.repairs else None
-        return hashlib.sha256(repr([fingerprint(self.tokenizer), *settings, version]).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr([tokenizer, *settings, version]).encode()).hexdigest()[:32]
 
 
 def repaired(text: str) -> str:

@@ -267,7 +267,7 @@ class PretrainingData:
         starts = [Position(*place) for place in places] or [Position()] * len(streams)
         folder = None if options.token_cache is None else str(to_path(options.token_cache))
         job = Job(streams, starts, encoder, options.skip_damaged, folder)
-        key = encoder.fingerprint()
+        key = encoder.fingerprint(self._tokenizer_fingerprint)
         chunks: InProcess | Workers
         if options.workers:
             chunks = Workers(job, key, options.workers, ahead=ahead, shares_streams=options.mode != CORENET)
