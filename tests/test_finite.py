@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import training_runs
 from in_process import run_here
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import FIXTURES, SHAKESPEARE, random_windows, tiny_model, write_tiny
+from serving_apps import Serving, serving
 from test_trainer import Counting
 from test_trainer import run as run_updates
 
@@ -322,6 +324,41 @@ def test_weights_too_large_for_float16_are_not_called_damaged_alone(tmp_path: Pa
     done = run_here(*args, *model, "--dtype", "float16", "--mlx-path", "out", folder=tmp_path)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert "float16 cannot hold it, or its file is damaged; use --dtype bfloat16, or" in done.stderr.splitlines()[-1]
+
+
+# Texts that are given.
+
+
+@pytest.fixture(scope="module")
+def damaged_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = damage(copy_shakespeare(tmp_path_factory.mktemp("served")), NORM, math.inf)
+    with serving({"model": str(folder)}) as running:
+        yield running
+
+
+def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    damage(copy_shakespeare(tmp_path), NORM, math.inf)
+    done = run_here("embed", "To be", "--model", "model", "--normalize", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: The model's hidden states are not finite: {NORM} holds NaN or infinity, so its file is damaged; "
+        "download the model, or convert the original, again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "To be"}),
+        ("/v1/embeddings", {"input": ["To be"], "encoding_format": "base64"}),
+        ("/v1/completions", {"prompt": "To be", "echo": True, "logprobs": 1, "max_tokens": 0}),
+        ("/v1/completions", {"prompt": "To be"}),
+    ],
+    ids=str,
+)
+def test_the_server_names_the_damaged_tensor(damaged_server: Serving, path: str, body: dict[str, Any]) -> None:
+    message = damaged_server.error(path, body, 500)["message"]
+    assert f" not finite: {NORM} holds NaN or infinity, so its file is damaged" in message
 
 
 # Training.
