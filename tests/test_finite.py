@@ -13,6 +13,7 @@ from mlx_openelm import load, stream_generate
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
 from mlx_openelm.finite import is_finite
+from mlx_openelm.generation.cache_files import make_prompt_cache, save_prompt_cache
 from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
 from mlx_openelm.jobs.quantize import quantize
@@ -284,6 +285,7 @@ ATTENTION = "transformer.layers.1.attn.qkv_proj.weight"
             ("fuse", "--adapter-path", FIXTURES / "peft-rslora-attention", "-q", "--save-path", "out"),
             "quantized",
         ),
+        (MATRIX, math.nan, ("average", SHAKESPEARE, "model", "--mlx-path", "out"), "averaged"),
     ],
     ids=str,
 )
@@ -317,13 +319,31 @@ def test_weights_too_large_for_a_gguf_type_are_named(tmp_path: Path, kind: str) 
     )
 
 
-@pytest.mark.parametrize("args", [("convert", "-q")], ids=str)
+@pytest.mark.parametrize("args", [("convert", "-q"), ("average", SHAKESPEARE, "model")], ids=str)
 def test_weights_too_large_for_float16_are_not_called_damaged_alone(tmp_path: Path, args: tuple[object, ...]) -> None:
     damage(copy_shakespeare(tmp_path), MATRIX, 1e6)
     model = () if args[0] == "average" else ("--model", "model")
     done = run_here(*args, *model, "--dtype", "float16", "--mlx-path", "out", folder=tmp_path)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert "float16 cannot hold it, or its file is damaged; use --dtype bfloat16, or" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [(), ("--kv-bits", 8), ("--max-kv-size", 64)], ids=str)
+def test_keys_and_values_that_are_not_finite_are_not_kept(tmp_path: Path, args: tuple[object, ...]) -> None:
+    damage(copy_shakespeare(tmp_path), MATRIX, math.nan)
+    done = run_here("cache-prompt", "To be", "--model", "model", "--prompt-cache-file", "c", *args, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"The keys and values of the prompt are not finite: {MATRIX} holds NaN" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_cache_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model = damaged(tiny_model(), "transformer.layers.0.ffn.proj_2.weight", math.nan)
+    cache = make_prompt_cache(model)
+    model(mx.array([PROMPT]), cache)
+    with pytest.raises(OpenELMError, match="^The prompt cache holds NaN or infinity"):
+        save_prompt_cache(tmp_path / "c", cache)
+    assert not list(tmp_path.iterdir())
 
 
 # Texts that are given.
