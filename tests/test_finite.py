@@ -1,15 +1,19 @@
-"""Models with NaN or infinite values: generation, evaluation, quantization and training end with a one-line error."""
+"""Models with NaN or infinite values: what computes with them, or would hide them, ends with a one-line error."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm import load, stream_generate
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
+from mlx_openelm.finite import is_finite
+from mlx_openelm.generation.cache_files import make_prompt_cache, save_prompt_cache
 from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
 from mlx_openelm.jobs.quantize import quantize
@@ -25,7 +29,8 @@ import pytest
 import training_runs
 from in_process import run_here
 from mlx.utils import tree_flatten, tree_unflatten
-from quantization_models import FIXTURES, random_windows, tiny_model, write_tiny
+from quantization_models import FIXTURES, SHAKESPEARE, random_windows, tiny_model, write_tiny
+from serving_apps import Serving, serving
 from test_trainer import Counting
 from test_trainer import run as run_updates
 
@@ -53,13 +58,18 @@ def damaged(model: OpenELM, name: str, value: float) -> OpenELM:
     return model
 
 
-def damage(folder: Path, name: str, value: float) -> Path:
+def damage(folder: Path, name: str, value: float, row: int = ROW) -> Path:
     """The same for a model folder."""
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
-    weights[name][ROW if weights[name].ndim == 2 else 3] = value
+    weights[name][row % weights[name].shape[0] if weights[name].ndim == 2 else 3] = value
     mx.eval(weights)
     mx.save_safetensors(str(folder / WEIGHTS), weights, {"format": "pt"})
     return folder
+
+
+def copy_shakespeare(folder: Path) -> Path:
+    """A copy of the small trained model, which the adapters among the fixtures are for."""
+    return Path(shutil.copytree(SHAKESPEARE, folder / "model"))
 
 
 def steps(model: OpenELM, params: dict[str, Any], count: int = 3) -> list[tuple[int, float]]:
@@ -219,16 +229,156 @@ def test_calibrated_quantization_is_refused(broken: Path, tmp_path: Path, option
 def test_rows_unused_by_the_calibration_text_are_checked_too(tmp_path: Path) -> None:
     """An untied embedding is NaN for a token that the text does not contain."""
     folder = write_tiny(tmp_path / "m", share_input_output_layers=False)
-    weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
-    weights[EMBEDDING][0, 3] = math.nan  # the unknown token
-    mx.eval(weights)
-    mx.save_safetensors(str(folder / WEIGHTS), weights, {"format": "pt"})
+    damage(folder, EMBEDDING, math.nan, row=0)  # the unknown token
     options = QuantizeOptions(
         calibration=str(FIXTURES / "valid.jsonl"), num_samples=2, sequence_length=32, method=("gptq",)
     )
     with pytest.raises(OpenELMError, match="The weights of transformer.token_embeddings are not finite"):
         quantize(folder, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_sensitivities_of_damaged_weights_are_kept(tmp_path: Path) -> None:
+    """They are saved if a later step fails, and NaN costs could not be read again."""
+    folder = write_tiny(tmp_path / "m", share_input_output_layers=False)
+    damage(folder, EMBEDDING, math.nan, row=0)
+    options = QuantizeOptions(
+        calibration=str(FIXTURES / "valid.jsonl"), num_samples=2, sequence_length=32, target_bpw=5
+    )
+    with pytest.raises(OpenELMError, match=f"^{EMBEDDING} holds NaN or infinity and cannot be quantized"):
+        quantize(folder, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_large_values_are_finite(dtype: mx.Dtype) -> None:
+    """Their sum is not, nor is that of infinities of both signs."""
+    large = mx.full((4, 64), mx.finfo(dtype).max, dtype)
+    assert not mx.isfinite(large.sum()).item() and is_finite(large) and is_finite(large[:0])
+    for value in (math.nan, math.inf, -math.inf):
+        for spots in ([5], [5, 70]):
+            flat = mx.zeros(256, dtype)
+            flat[mx.array(spots)] = value
+            assert not is_finite(flat) and not is_finite(flat.reshape(4, 64))
+    assert not is_finite(mx.array([math.inf, -math.inf], dtype))
+
+
+# Writing.
+
+ATTENTION = "transformer.layers.1.attn.qkv_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "args", "done"),
+    [
+        (MATRIX, math.nan, ("convert", "-q", "--mlx-path", "out"), "quantized"),
+        (MATRIX, math.nan, ("convert", "-q", "--q-mode", "mxfp4", "--mlx-path", "out"), "quantized"),
+        (EMBEDDING, math.inf, ("convert", "-q", "--mlx-path", "out"), "quantized"),
+        (MATRIX, -math.inf, ("quantize", "--mlx-path", "out"), "quantized"),
+        (MATRIX, math.nan, ("export", "--format", "gguf", "--gguf-type", "q8_0", "--output", "out.gguf"), "quantized"),
+        (MATRIX, math.inf, ("export", "--format", "gguf", "--gguf-type", "q4_0", "--output", "out.gguf"), "quantized"),
+        (MATRIX, math.nan, ("fuse", "--adapter-path", FIXTURES / "peft-lora", "--save-path", "out"), "fused"),
+        (ATTENTION, math.inf, ("fuse", "--adapter-path", FIXTURES / "peft-dora", "--save-path", "out"), "fused"),
+        (
+            MATRIX,
+            math.nan,
+            ("fuse", "--adapter-path", FIXTURES / "peft-rslora-attention", "-q", "--save-path", "out"),
+            "quantized",
+        ),
+        (MATRIX, math.nan, ("average", SHAKESPEARE, "model", "--mlx-path", "out"), "averaged"),
+    ],
+    ids=str,
+)
+def test_damaged_weights_are_not_packed_or_changed(
+    tmp_path: Path, name: str, value: float, args: tuple[object, ...], done: str
+) -> None:
+    """A quantizer drops NaN, and the copy would look healthy."""
+    damage(copy_shakespeare(tmp_path), name, value)
+    found = run_here(*args, *(() if args[0] == "average" else ("--model", "model")), folder=tmp_path)
+    assert (found.returncode, found.stdout) == (1, "")
+    of = " of model" if done == "averaged" else ""
+    assert found.stderr.splitlines()[-1] == (
+        f"error: {name}{of} holds NaN or infinity and cannot be {done}: its file is damaged; "
+        "download the model, or convert the original, again."
+    )
+    assert "invalid value" not in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_weights_too_large_for_a_gguf_type_are_named(tmp_path: Path, kind: str) -> None:
+    """The scale of a block has 16 bits. Tiny weights become zeros, without a warning."""
+    damage(copy_shakespeare(tmp_path), MATRIX, 1e-42)
+    export = ("export", "--model", "model", "--format", "gguf", "--gguf-type", kind, "--output")
+    assert run_here(*export, "tiny.gguf", folder=tmp_path).stderr == ""
+    damage(tmp_path / "model", MATRIX, 1e9)
+    done = run_here(*export, "large.gguf", folder=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "large.gguf").exists()
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {MATRIX} is too large for {kind}, as in a damaged file; use --gguf-type f32."
+    )
+
+
+@pytest.mark.parametrize("args", [("convert", "-q"), ("average", SHAKESPEARE, "model")], ids=str)
+def test_weights_too_large_for_float16_are_not_called_damaged_alone(tmp_path: Path, args: tuple[object, ...]) -> None:
+    damage(copy_shakespeare(tmp_path), MATRIX, 1e6)
+    model = () if args[0] == "average" else ("--model", "model")
+    done = run_here(*args, *model, "--dtype", "float16", "--mlx-path", "out", folder=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert "float16 cannot hold it, or its file is damaged; use --dtype bfloat16, or" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [(), ("--kv-bits", 8), ("--max-kv-size", 64)], ids=str)
+def test_keys_and_values_that_are_not_finite_are_not_kept(tmp_path: Path, args: tuple[object, ...]) -> None:
+    damage(copy_shakespeare(tmp_path), MATRIX, math.nan)
+    done = run_here("cache-prompt", "To be", "--model", "model", "--prompt-cache-file", "c", *args, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"The keys and values of the prompt are not finite: {MATRIX} holds NaN" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_cache_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model = damaged(tiny_model(), "transformer.layers.0.ffn.proj_2.weight", math.nan)
+    cache = make_prompt_cache(model)
+    model(mx.array([PROMPT]), cache)
+    with pytest.raises(OpenELMError, match="^The prompt cache holds NaN or infinity"):
+        save_prompt_cache(tmp_path / "c", cache)
+    assert not list(tmp_path.iterdir())
+
+
+# Texts that are given.
+
+
+@pytest.fixture(scope="module")
+def damaged_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = damage(copy_shakespeare(tmp_path_factory.mktemp("served")), NORM, math.inf)
+    with serving({"model": str(folder)}) as running:
+        yield running
+
+
+def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    damage(copy_shakespeare(tmp_path), NORM, math.inf)
+    done = run_here("embed", "To be", "--model", "model", "--normalize", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"error: The model's hidden states are not finite: {NORM} holds NaN or infinity, so its file is damaged; "
+        "download the model, or convert the original, again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "To be"}),
+        ("/v1/embeddings", {"input": ["To be"], "encoding_format": "base64"}),
+        ("/v1/completions", {"prompt": "To be", "echo": True, "logprobs": 1, "max_tokens": 0}),
+        ("/v1/completions", {"prompt": "To be"}),
+    ],
+    ids=str,
+)
+def test_the_server_names_the_damaged_tensor(damaged_server: Serving, path: str, body: dict[str, Any]) -> None:
+    message = damaged_server.error(path, body, 500)["message"]
+    assert f" not finite: {NORM} holds NaN or infinity, so its file is damaged" in message
 
 
 # Training.

@@ -20,9 +20,9 @@ ROOMS = [
     "__main__", "cli", "serving", "__init__",
     "training", "training.run", "training.step", "training.data.corpus", "training.options", "training.data",
     "harness", "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
-    "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
-    "backend", "blas", "config", "native", "json_values",
-    "inputs", "options", "keywords", "suggestions", "threads", "console", "messages", "errors", "wording", "version",
+    "adapters", "sources", "publishing", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
+    "backend", "blas", "config", "native", "json_values", "inputs",
+    "options", "keywords", "suggestions", "threads", "console", "messages", "finite", "errors", "wording", "version",
 ]  # fmt: skip
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

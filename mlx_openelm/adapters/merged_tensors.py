@@ -6,9 +6,11 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
+from ..finite import check_finite
 from ..formats.adapter import MIN_NORM, LowRank
 from ..formats.mlx import Quantization, scale_dtype
 from ..formats.safetensors import Tensor
@@ -166,7 +168,7 @@ def merged_tensors(
 
     def read(part: str) -> mx.array:
         if pending:
-            made.update(_compute(base, pending.pop(), choice, store, deviation))
+            made.update(_compute(path, base, pending.pop(), choice, store, deviation))
             base.clear()
         return made.pop(part)
 
@@ -180,13 +182,18 @@ def merged_tensors(
 
 
 def _compute(
+    path: str,
     base: Base,
     change: Change,
     choice: Quantization | None,
     store: Callable[[mx.array, slice], dict[str, mx.array]],
     deviation: Deviation,
 ) -> dict[str, mx.array]:
-    """The changed tensor as stored, by part, computed some rows at a time; adds its sums to `deviation`."""
+    """The changed tensor as stored, by part, computed some rows at a time; adds its sums to `deviation`.
+
+    Raises:
+        OpenELMError: the base or the changed tensor is not finite.
+    """
     column_lengths = _column_lengths(base, change) if change.by_column else None
     result: dict[str, mx.array] = {}
     for rows in base.pieces():
@@ -202,7 +209,11 @@ def _compute(
                 result[name] = mx.zeros((base.shape[0], *part.shape[1:]), part.dtype)
             result[name][rows] = part  # in place, since this is the only reference
         mx.eval(sums, *result.values())
-        deviation.add(Deviation(*sums.tolist()))  # type: ignore[misc]
+        squares: Any = sums.tolist()
+        if not all(map(math.isfinite, squares)):
+            for values in (before, after, *parts.values()):
+                check_finite(values, f"{path}.weight", "fused")
+        deviation.add(Deviation(*squares))
     return result
 
 

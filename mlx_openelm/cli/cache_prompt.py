@@ -9,10 +9,12 @@ import mlx.core as mx
 
 from .. import console
 from ..errors import RequestError
+from ..finite import not_finite
 from ..generation.cache_files import check_new, origin_metadata, save_prompt_cache
 from ..generation.cache_origin import Origin
 from ..generation.decoding import make_decoder
 from ..generation.options import CacheOptions
+from ..generation.prompt_cache import cache_is_finite
 from ..loading import load
 from ..wording import counted, size
 from . import flags
@@ -91,6 +93,8 @@ def run(args: Namespace) -> int:
     with console.Progress("Reading the prompt", unit="tokens", lines=False) as progress:
         decoder.prefill(mx.array([ids]), progress=progress)
         mx.eval([layer.state[:2] for layer in decoder.cache])
+    if not cache_is_finite(decoder.cache):
+        raise not_finite("The keys and values of the prompt are", model)
     speed = len(ids) / max(time.perf_counter() - started, 1e-9)
     origin = Origin.of(model, args.model, args.revision, args.adapter_path or ())
     save_prompt_cache(path, decoder.cache, origin_metadata(origin, ids), overwrite=args.overwrite)

@@ -74,6 +74,7 @@ def write(
 
     Raises:
         RequestError: an unknown type, a model that llama.cpp does not support, or the gguf package is missing.
+        OpenELMError: a matrix to be quantized is not finite.
     """
     gguf = _package()
     config = checkpoint.config
@@ -92,9 +93,10 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         written, total = 0, sum(sizes.values())
+        names = {tensor: source for tensor, (source, _) in gguf_tensors.layout(config).items()}
         with streaming():
             for tensor, weight in _drain(checkpoint):
-                writer.write_tensor_data(gguf_blocks.encode(weight, types[tensor]))
+                writer.write_tensor_data(gguf_blocks.encode(weight, types[tensor], names[tensor]))
                 del weight  # before the next one is read
                 written += sizes[tensor]
                 if progress is not None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ..errors import OpenELMError
+from ..finite import check_finite
 from .safetensors import Tensor
 
 if TYPE_CHECKING:
@@ -28,8 +30,12 @@ def nbytes(shape: tuple[int, ...], kind: str) -> int:
     return count // BLOCK * BLOCK_BYTES[kind] if kind in BLOCK_BYTES else count * FLOATS[kind].size
 
 
-def encode(weight: mx.array, kind: str) -> np.ndarray:
-    """The bytes of a tensor in a type we write, as uint8: flat for a float type, by rows for blocks."""
+def encode(weight: mx.array, kind: str, name: str) -> np.ndarray:
+    """The bytes of a tensor in a type we write, as uint8: flat for a float type, by rows for blocks.
+
+    Raises:
+        OpenELMError: a quantized type, and the weight called `name` is not finite, or too large for the type.
+    """
     import numpy as np
     from gguf import GGMLQuantizationType, quants
 
@@ -40,9 +46,14 @@ def encode(weight: mx.array, kind: str) -> np.ndarray:
     rows, columns = weight.shape
     encoded = np.empty((rows, columns // BLOCK * BLOCK_BYTES[kind]), np.uint8)
     step = max(1, CHUNK // columns)
-    for start in range(0, rows, step):
-        chunk = np.array(weight[start : start + step].astype(mx.float32))
-        encoded[start : start + step] = quants.quantize(chunk, GGMLQuantizationType[kind])
+    with np.errstate(all="ignore"):  # what cannot be stored shows up in the scales
+        for start in range(0, rows, step):
+            chunk = np.array(weight[start : start + step].astype(mx.float32))
+            encoded[start : start + step] = quants.quantize(chunk, GGMLQuantizationType[kind])
+    scales = encoded.reshape(rows, -1, BLOCK_BYTES[kind])[..., :2].copy().view(np.float16)
+    if not np.isfinite(scales).all():
+        check_finite(weight, name, "quantized")
+        raise OpenELMError(f"{name} is too large for {kind.lower()}, as in a damaged file; use --gguf-type f32.")
     return encoded
 
 

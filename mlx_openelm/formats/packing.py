@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from ..config import ModelConfig
+from ..finite import check_finite
 from ..ops.packed import PARTS
 from .mlx import Quantization, scale_dtype
 from .safetensors import Tensor, Weights
@@ -27,7 +28,10 @@ def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: m
 
 
 def quantize_weights(weights: Weights, choices: Mapping[str, Quantization]) -> Weights:
-    """Weights with the matrices in `choices` (by module path) packed; nothing is read yet."""
+    """Weights with the matrices in `choices` (by module path) packed; nothing is read yet.
+
+    Reading one that is not finite raises an `OpenELMError`.
+    """
     packed: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         path = name.removesuffix(".weight")
@@ -41,7 +45,9 @@ def _packed(path: str, tensor: Tensor, choice: Quantization) -> dict[str, Tensor
 
     def read(part: str) -> mx.array:
         if part not in made:
-            made.update(choice.pack(tensor.read()))
+            weight = tensor.read()
+            check_finite(weight, f"{path}.weight", "quantized")  # MLX drops NaN, and the copy would look healthy
+            made.update(choice.pack(weight))
         return made.pop(part)
 
     scales = scale_dtype(tensor.dtype) if choice.mode == "affine" else mx.uint8

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..cache import KVCache, QuantizedKVCache, RotatingKVCache
 from ..errors import OpenELMError, RequestError, quote
+from ..finite import is_finite
 from . import atomic, safetensors
 from .safetensors import read_header
 
@@ -129,7 +130,7 @@ def write(path: Path, caches: Sequence[Any], notes: Mapping[str, str]) -> None:
 
     Raises:
         RequestError: they are of other kinds, or of several sequences.
-        OpenELMError: writing failed.
+        OpenELMError: writing failed, or a key or value is not finite.
     """
     tensors: dict[str, mx.array] = {}
     metadata = {f"0.{name}": text for name, text in notes.items()}
@@ -146,6 +147,11 @@ def write(path: Path, caches: Sequence[Any], notes: Mapping[str, str]) -> None:
                 kinds.append((position, "none" if value is None else "scalar"))
                 value = mx.array([] if value is None else value)
             tensors[position] = value
+    if not all(map(is_finite, tensors.values())):
+        raise OpenELMError(
+            "The prompt cache holds NaN or infinity: its model is damaged, or float16 is too small for it; "
+            "download the model again, or use bfloat16."
+        )
     metadata["2.0"] = ""  # mlx-lm counts them from 1
     for n, (position, kind) in enumerate(kinds, 1):
         metadata |= {f"2.{n}.0": position, f"2.{n}.1": kind}

@@ -44,7 +44,7 @@ def save_prompt_cache(
 
     Raises:
         RequestError: the file exists, or metadata or caches cannot be written.
-        OpenELMError: writing failed.
+        OpenELMError: writing failed, or a key or value is not finite.
     """
     path = check_new(file_name, overwrite)
     if not isinstance(metadata, Mapping | None):

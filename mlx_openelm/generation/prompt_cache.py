@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
 from ..errors import RequestError, quote
+from ..finite import is_finite
 from .options import CacheOptions
 
 
@@ -34,6 +36,12 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
     if len(offsets) > 1:
         raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
     return max(0, offsets.pop())  # negative while a row of a batch is still padding
+
+
+def cache_is_finite(cache: Sequence[Any]) -> bool:
+    """Whether no key, value or scale is NaN or infinite."""
+    arrays: list[tuple[str, mx.array]] = tree_flatten([layer.state[:2] for layer in cache])  # type: ignore[assignment]
+    return all(is_finite(array) for _, array in arrays)
 
 
 def check_cache(options: CacheOptions, cache: Sequence[Any]) -> None:

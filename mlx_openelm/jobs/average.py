@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import RequestError, quote
+from ..finite import check_finite
 from ..formats import atomic
 from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
@@ -57,7 +58,8 @@ def average(
 
     Raises:
         RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
-        OpenELMError: a download, reading or writing failed, or a file changed meanwhile; nothing was left behind.
+        OpenELMError: a download, reading or writing failed, a weight is not finite, or a file changed meanwhile;
+            nothing was left behind.
     """
     if isinstance(models, str | os.PathLike) or not isinstance(models, Sequence):
         raise RequestError(f"models must be a list of checkpoints, got {quote(models)}.")
@@ -124,17 +126,22 @@ def _shape_text(shape: tuple[int, ...] | None) -> str:
 
 def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
     """The mean of each tensor; reading one takes it out of the sources, so it can be read only once."""
-    weights = [source.checkpoint.weights for source in sources]
+    shapes = sources[0].checkpoint.config.tensor_shapes()
 
     def read(name: str) -> mx.array:
-        total = weights[0].take(name).astype(mx.float32)
-        for others in weights[1:]:
-            total = total + others.take(name).astype(mx.float32)
-            mx.eval(total)  # frees this tensor before the next is read
-        return (total / len(weights)).astype(dtype)
+        total = mx.zeros(shapes[name])
+        for source in sources:
+            weight = source.checkpoint.weights.take(name).astype(mx.float32)
+            check_finite(weight, f"{name} of {source.name}", "averaged")
+            total = total + weight
+            mx.eval(total)
+            del weight  # before the next is read
+        mean = (total / len(sources)).astype(dtype)
+        check_finite(mean, f"The mean of {name}", "written")
+        return mean
 
-    shapes = sources[0].checkpoint.config.tensor_shapes()
-    return Weights({name: Tensor(dtype, shapes[name], partial(read, name)) for name in weights[0]})
+    names = list(sources[0].checkpoint.weights)
+    return Weights({name: Tensor(dtype, shapes[name], partial(read, name)) for name in names})
 
 
 def _origin(sources: Sequence[Source]) -> Origin:

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from ..errors import RequestError
+from ..finite import check_finite
 from ..formats.mlx import Quantization
 from ..formats.packing import bits_per_weight
 from ..formats.rounding import round_error, round_nearest
@@ -94,6 +95,9 @@ def measure(
         text: the name of the text, for a saved file.
         dtype: the type that scales and biases will be stored in.
         progress: called with the matrices done so far and in all.
+
+    Raises:
+        OpenELMError: weights or what the model computes are not finite.
     """
     choices = candidates(model.config)
     stream, teacher = Stream(model, batches), Teacher(model, batches)
@@ -140,6 +144,7 @@ def _costs(
     """The cost of each option for the matrix at `path`; `divergence` measures the model in its present state."""
     module = module_at(model, path)
     weight = module["weight"]
+    check_finite(weight, f"{path}.weight", "quantized")  # also in rows of tokens that the text does not contain
     size = max((o.group_size for o in options if o.group_size <= 64), default=options[0].group_size)
     measured: dict[int, tuple[float, float]] = {}  # bits to cost and error
     sample = weight[:: max(1, weight.shape[0] // _ROWS)]
