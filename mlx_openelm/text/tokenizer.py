@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from ..errors import RequestError, quote
-from ..inputs import read_json
+from ..inputs import read_json, refuse_device
 from . import chat_template as chat
 from .chat_messages import Message, check_messages, for_built_in
 from .streaming import StreamingDecoder, TokenBytes
@@ -124,6 +124,7 @@ class Tokenizer(TransformersInterface):
         path = Path(path)
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
+        refuse_device(path)
         if not path.is_file():
             raise RequestError(f"No tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
