@@ -92,6 +92,7 @@ def render(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
+    title: str = "This chat template",
 ) -> list[str | int]:
     """Render `messages` with the jinja `source` to runs of text (str) and special token ids (int).
 
@@ -102,6 +103,7 @@ def render(
         add_generation_prompt: open the assistant's turn; by default if the last message is not the assistant's.
         continue_final_message: leave the assistant's last message open; turns `add_generation_prompt` off.
         variables: further variables of a jinja template.
+        title: what messages call the template.
 
     Raises:
         RequestError: bad messages, or a template that cannot render them, fails, or takes too much time or memory.
@@ -112,7 +114,7 @@ def render(
     add_generation_prompt = add_generation_prompt and not continue_final_message
     marker = _marker(tuple(special_tokens))
     if source == CORENET_TEMPLATE:  # without jinja2, which takes longer to import than to render
-        hidden = marker.hide(for_built_in(messages, tools))
+        hidden = marker.hide(for_built_in(messages, tools, title))
         text = _render_corenet(hidden, named, add_generation_prompt, continue_final_message)
         return marker.runs(text, special_tokens)
     from .chat_template_process import render as render_jinja
@@ -124,7 +126,7 @@ def render(
             request = {**request, "messages": _mark_end(request["messages"])}
         return render_jinja(source, {**others, **request})
 
-    request = {"messages": for_jinja(messages, source, tools), "tools": list(tools) if tools else None}
+    request = {"messages": for_jinja(messages, source, tools, title), "tools": list(tools) if tools else None}
     text = _render_marked(write, request, marker)
     return marker.runs(_cut_at_end(text) if continue_final_message else text, special_tokens)
 

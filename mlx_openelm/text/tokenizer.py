@@ -303,11 +303,13 @@ class Tokenizer(TransformersInterface):
             raise RequestError(
                 "The model has no chat template of its own; give plain, corenet or a file with --chat-template"
             )
+        is_own = template in (None, chat.OWN) and source is not None
+        title = "The model's chat template" if is_own else f"The chat template {template or 'corenet'}"
         if template not in (None, chat.OWN):
             source = chat.NAMED_TEMPLATES.get(str(template)) or chat.find_template(template)
         if source == chat.PLAIN_TEMPLATE:
             check_messages(messages, continue_final_message)
-            text = "\n".join(message["content"] for message in for_built_in(messages, tools))
+            text = "\n".join(message["content"] for message in for_built_in(messages, tools, title))
             runs: list[str | int] = [self.bos_token_id, text] if text else [self.bos_token_id]
         else:
             runs = chat.render(
@@ -323,6 +325,7 @@ class Tokenizer(TransformersInterface):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
+                title=title,
             )
         if not tokenize:
             runs = runs if runs[:1] == [self.bos_token_id] else [self.bos_token_id, *runs]
