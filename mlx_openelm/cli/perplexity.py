@@ -158,10 +158,14 @@ def _show(values: dict[str, Any]) -> None:
         )
         console.print_line(f"Bits: {', '.join(parts)}")
     if "reference_model" in values:
-        console.print_line(f"KL divergence from {values['reference_model']}: {values['kl_divergence']:.6f} nats per token")
+        console.print_line(
+            f"KL divergence from {values['reference_model']}: {values['kl_divergence']:.6f} nats per token"
+        )
     stride = "" if values["stride"] is None else f", one every {values['stride']}"
     windows = counted(values["windows"], "window")
-    console.print_line(f"Measured on {counted(values['tokens'], 'token')}: {windows} of {values['sequence_length']}{stride}")
+    console.print_line(
+        f"Measured on {counted(values['tokens'], 'token')}: {windows} of {values['sequence_length']}{stride}"
+    )
 
 
 def _show_table(results: Sequence[dict[str, Any]]) -> None:

@@ -29,8 +29,8 @@ class Tokenizer(TransformersInterface):
 
     Create one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
     `eos_token_ids` are all tokens that end a generation, `vocab_size` is the number of tokens including special ones,
-    `chat_template` is the folder's own template (jinja source), `tool_template` its own for conversations with tools, if
-    there is another; setting the first removes the second.
+    `chat_template` is the folder's own template (jinja source), `tool_template` its other one for conversations with
+    tools, if there is one; setting the first removes the second.
     """
 
     def __init__(
@@ -350,8 +350,8 @@ class Tokenizer(TransformersInterface):
         """Write the tokenizer so that transformers and mlx-lm read it to the same ids.
 
         `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` if there is one, and
-        `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own. If it has another one for
-        tools, both are in `tokenizer_config.json` instead.
+        `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own. If there is another
+        one for tools, both are in `tokenizer_config.json` instead.
         Raises `RequestError` as `check_writable`.
         """
         from . import saving
