@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from .messages import say
+from .messages import printable, say
 from .wording import duration, size
 
-__all__ = ["Progress", "print_json", "say"]
+__all__ = ["Progress", "print_json", "printable", "say"]
 
 # Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
@@ -35,13 +35,18 @@ _UNITS = {
 }
 
 
+def print_line(line: str) -> None:
+    """Print a line of a result on standard output, with control characters escaped."""
+    print(printable(line))
+
+
 def print_json(values: Any) -> None:
     """One JSON object on one line of standard output; NaN and infinity, which JSON does not have, become null.
 
     If the stream cannot encode the text, characters beyond ASCII are escaped, so that none is lost.
     """
     values = _finite(values)
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    text = printable(json.dumps(values, ensure_ascii=False, allow_nan=False))
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -96,7 +101,7 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
         else:
             words = " ".join(_parts(word, width - 2) for word in text.split(" "))
             lines = "\n".join(filter(None, (label, wrap(f"  {words}", width, "  "))))
-        print(lines.replace("\xa0", " "))
+        print_line(lines.replace("\xa0", " "))
 
 
 def _parts(word: str, width: int) -> str:

@@ -46,6 +46,12 @@ def check_file(path: Path) -> int:
     return status.st_size
 
 
+def refuse_device(path: str | Path) -> None:
+    """Raise a `RequestError` for a pipe or a device, where a name may mean a file, a folder or something else."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        check_file(Path(path))
+
+
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 

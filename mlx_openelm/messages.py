@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 
 _PACKAGE = __name__.partition(".")[0]
+# What would change a terminal or the order of its text, rather than be shown: control characters other than tabs and
+# line ends, marks of direction, line separators; and halves of surrogate pairs, which stand for bytes of file names.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with control characters as `\\u001b`: names of files and models may have any character."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def say(line: str) -> None:
-    """Print a line on standard error.
+    """Print a line on standard error, with control characters escaped.
 
     If nobody reads it any more (`2>&1 | head`), this line and all later ones are dropped: a closed log must not end a
     long training run.
     """
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except BrokenPipeError:
         _drop_standard_error()
 

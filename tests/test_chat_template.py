@@ -1,5 +1,6 @@
 """Chat templates: what they render, that messages stay literal, and that transformers renders the same ids."""
 
+import json
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
@@ -148,6 +149,42 @@ def test_the_folders_template_is_the_default(tmp_path):
     ):
         (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ' + value + "}")
         assert Tokenizer.from_folder(tmp_path).apply_chat_template(HI) == tokenizer.encode("Q: Hi")  # BOS added
+
+
+TOOL_TEMPLATES = [
+    {"name": "default", "template": "Q: {{ messages[0].content }}"},
+    {"name": "tool_use", "template": "{{ tools | length }}: {{ messages[0].content }}"},
+]
+
+
+@pytest.mark.parametrize("form", ["list", "object", "files"])
+def test_a_folders_template_for_tools_renders_them(tmp_path, form):
+    """As in transformers, and after saving, which keeps both."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    sources = {entry["name"]: entry["template"] for entry in TOOL_TEMPLATES}
+    if form == "files":
+        (tmp_path / "chat_template.jinja").write_text(sources["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(sources["tool_use"])
+    else:
+        file = tmp_path / "tokenizer_config.json"
+        given = TOOL_TEMPLATES if form == "list" else sources
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": given}))
+    own = Tokenizer.from_folder(tmp_path)
+    own.save(tmp_path / "again")
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    for folder in (tmp_path, tmp_path / "again"):
+        ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for options in ({}, {"tools": tools}):
+            expected = theirs.apply_chat_template(HI, tokenize=False, **options)
+            assert ours.apply_chat_template(HI, tokenize=False, **options) == "<s>" + expected
+            assert expected == ("1: Hi" if options else "Q: Hi")
+    assert own.with_config({"pad_token": "</s>"}).tool_template == sources["tool_use"]
+    own.chat_template = sources["default"] + "."  # another model's, so both go
+    assert own.templates() == {"default": sources["default"] + "."}
+    with pytest.raises(RequestError, match="does not render tools"):
+        own.apply_chat_template(HI, tools=tools)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mlx_openelm import generate, load
+from mlx_openelm.cli.chat_input import PipedInput
 from mlx_openelm.cli.main import main
 
 import pytest
@@ -67,6 +68,14 @@ def test_statistics_after_every_answer_with_a_draft_model(tmp_path: Path, answer
     done = piped(f"{FIRST}\n{SECOND}\n", "--draft-model", "tiny-draft", "--verbose", cwd=tmp_path)
     assert done.stdout == "\n".join([*answers, ""]) and done.returncode == 0
     assert done.stderr.count("Drafts: ") == 2 == done.stderr.count(" in the cache, ")
+
+
+def test_piped_lines_end_as_in_other_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LF, CR or both, also between quotes and after backslashes."""
+    data = 'ROMEO.\rJULIET.\r\n\nA\u2028B\n"""one\rtwo\r\nthree"""\rfour\\\rfive'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    messages = list(iter(PipedInput().read, None))
+    assert messages == ["ROMEO.", "JULIET.", "", "A\u2028B", "one\ntwo\nthree", "four\nfive"]
 
 
 def test_a_long_conversation_says_what_the_model_no_longer_sees(tmp_path: Path) -> None:

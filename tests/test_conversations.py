@@ -307,8 +307,9 @@ def test_tools_are_refused_if_the_template_would_drop_them(tmp_path):
     legacy = {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]}
     result = {"messages": [USER, {"role": "tool", "content": "A door"}, KING]}
     for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
-        assert "Tool calls are not supported by the templates corenet and plain" in refusal(values)
-    assert "does not render tool_calls" in refusal(calls, chat_template=path)
+        assert "The chat template corenet does not render tools or their calls: give one" in refusal(values)
+    assert "The chat template plain does not render" in refusal(calls, chat_template="plain")
+    assert f"The chat template {path} does not render tool_calls" in refusal(calls, chat_template=path)
     assert "does not render function_call" in refusal(legacy, chat_template=path)
     assert "does not render tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
     assert "'tools' needs a chat template" in refusal({"prompt": "a", "completion": "b", "tools": TOOLS})
@@ -394,6 +395,19 @@ def test_a_token_belongs_to_only_one_of_two_consecutive_turns():
     turns = [{"role": "user", "content": "u"}, *({"role": "assistant", "content": content} for content in "ac")]
     tokens, learned = render_chat(conversation(turns), OverlappingTokens(), None, mask_prompt=True)
     assert (tokens, learned) == ([2, 3, 4, 6, 1], ((2, 3), (3, 5)))
+
+
+@pytest.mark.parametrize(("source", "what"), [(CORENET_TEMPLATE, "tools or their calls"), ("{{ messages }}", "tools")])
+def test_a_models_own_template_that_renders_no_tools_is_called_so(source, what):
+    own = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
+    own.chat_template = source
+    records = [Record({"messages": [USER, KING], "tools": TOOLS}, "train.jsonl, line 1")]
+    with pytest.raises(RequestError) as caught:
+        tokenize(records, own, max_seq_length=99)
+    assert str(caught.value) == (
+        f"train.jsonl, line 1: The model's chat template does not render {what}: give one that does with "
+        "chat_template FILE."
+    )
 
 
 def test_a_given_template_replaces_that_of_the_tokenizer():

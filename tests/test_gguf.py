@@ -562,13 +562,15 @@ def test_no_prefix_space_and_a_chat_template_survive(json_only: Path, tmp_path: 
     spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     (json_only / "tokenizer.json").write_text(json.dumps(spec))
     (json_only / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (json_only / "additional_chat_templates").mkdir()
+    (json_only / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     tokenizer = Tokenizer.from_folder(json_only)
     assert tokenizer.encode("be") != Tokenizer.from_folder(SHAKESPEARE).encode("be")
     write(tmp_path / "a.gguf", tokenizer=tokenizer)
     _, read = gguf_format.read(tmp_path / "a.gguf")
     assert [read.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
     assert read.decode(tokenizer.encode(" be")) == " be"
-    assert read.chat_template == "{{ messages[0].content }}"
+    assert read.templates() == {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
 
 
 # llama.cpp.

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlx_openelm import inputs
 from mlx_openelm.errors import QUOTED, OpenELMError, RequestError, quote
+from mlx_openelm.generation import grammars
+from mlx_openelm.hub import resolve
+from mlx_openelm.publishing.files import model_files
+from mlx_openelm.sources import open_source
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 
@@ -23,6 +31,27 @@ def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="not a file"):
             inputs.read_bytes(path)
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        resolve.locate,
+        open_source,
+        lambda name: open_source(Path(name)),
+        Tokenizer.from_file,
+        lambda name: model_files(Path(name)),
+        lambda name: grammars._read(name, "--grammar", "a grammar"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pipe", "pipe.json"])
+def test_a_pipe_that_is_named_where_other_things_may_be_is_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, open_it: Callable[[str], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    with pytest.raises(RequestError, match=f"^{re.escape(name)} is a pipe or a device, not a file"):
+        open_it(name)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "null\0character"])

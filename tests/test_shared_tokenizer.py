@@ -270,6 +270,28 @@ def test_a_copy_in_the_cache_serves_without_a_network(
     assert len(hub.requests) == count
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_copy_of_any_model_in_the_cache_serves(
+    tmp_path: Path, right: Identity, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After those of the known repositories, and without reading files that have another size."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshots = [tmp_path / "cache" / f"models--{repo}" / "snapshots" / "abc" for repo in ("a--a", "b--b", "c--c")]
+    shutil.copytree(copy(tmp_path / "served", name, template="of another"), snapshots[1])
+    for folder, content in ((snapshots[0], "[]"), (snapshots[2], " " * 1_000_000)):
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_text(content)
+    assert list(shared_tokenizer._cached(release())) == [snapshots[1]]
+    tokenizer = find(release())
+    assert tokenizer.encode(TEXT, add_bos=False) == [int(number) for number in right.ids[TEXT].split()]
+    assert tokenizer.chat_template is None
+    known = tmp_path / "cache" / "models--mlx-community--OpenELM-3B" / "snapshots" / "abc"
+    shutil.copytree(tmp_path / "served", known)
+    assert list(shared_tokenizer._cached(release())) == [known, snapshots[1]]
+
+
 def test_every_way_to_load_a_model_finds_it(
     hub: FakeHub, tmp_path: Path, right: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -11,8 +12,9 @@ import shlex
 import struct
 import sys
 import termios
+from pathlib import Path
 
-from mlx_openelm import Tokenizer, load
+from mlx_openelm import Tokenizer, console, load
 from mlx_openelm.cli import terminal
 from mlx_openelm.cli.main import main
 from mlx_openelm.cli.terminal import folded
@@ -51,6 +53,39 @@ def prompt_of(tokenizer: Tokenizer, tokens: int) -> str:
     while len(tokenizer.encode(prompt)) < tokens:
         prompt += " hi hi"
     return prompt
+
+
+ODD = "a\x1b[31mred\x07\u202e\x85\x7f\udcff"
+ODD_SHOWN = "a\\u001b[31mred\\u0007\\u202e\\u0085\\u007f\\udcff"
+
+
+def test_control_characters_are_shown_rather_than_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names come from users and downloads; text in any script, tabs and line ends stay as they are."""
+    text = "Größe\t日本語\u3000\u200d👩\u200d💻\nنیم\u200cفاصله"
+    console.say(f"{ODD} {text}")
+    console.print_line(f"{ODD} {text}")
+    console.print_rows([("path", ODD)])
+    console.print_json({"path": ODD})
+    shown = capsys.readouterr()
+    assert shown.err == f"{ODD_SHOWN} {text}\n"
+    assert shown.out == f'{ODD_SHOWN} {text}\npath  {ODD_SHOWN}\n{{"path": "{ODD_SHOWN}"}}\n'
+    assert json.loads(shown.out.splitlines()[-1]) == {"path": ODD}
+
+
+def test_a_result_shows_an_odd_path(tmp_path: Path) -> None:
+    done = run_here("convert", "--model", "tiny", "--mlx-path", str(tmp_path / "a\x1b[31mred\u202e"))
+    assert "/a\\u001b[31mred\\u202e: 8.51 bits" in done.stdout and "\x1b" not in done.stdout + done.stderr
+
+
+# What cli modules may print without escapes: empty lines, lines to be copied, texts without names.
+PRINTED = re.compile(r"print\(\)|shlex\.quote|end=|_NOT_HERE|completion|text\)|Console\(\)")
+
+
+def test_commands_print_lines_through_the_console() -> None:
+    """So that `print_line` escapes them."""
+    lines = [line for path in Path(terminal.__file__).parent.glob("*.py") for line in path.read_text().splitlines()]
+    printed = [line for line in lines if re.search(r"(?<![._a-z])print\(", line)]
+    assert printed and [line for line in printed if not PRINTED.search(line)] == []
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -50,5 +50,5 @@ def run(args: Namespace) -> int:
     if args.json:
         console.print_json({"models": args.models, "mlx_path": str(path), "size": written})
         return 0
-    print(f"Wrote {path}: the mean of {len(args.models)} checkpoints, {size(written)}")
+    console.print_line(f"Wrote {path}: the mean of {len(args.models)} checkpoints, {size(written)}")
     return 0

@@ -93,7 +93,7 @@ def run(args: Namespace) -> int:
         console.print_json({**about, "options": asdict(options), **rows.to_json(measured)})
     else:
         for line in report(args.model, measured, console.columns(sys.stdout) or _WIDTH):
-            print(line)
+            console.print_line(line)
     if plot is not None:
         from ..jobs.bench.plot import draw
 

@@ -104,7 +104,7 @@ def run(args: Namespace) -> int:
         kind = type(decoder.cache[0]).__name__
         console.print_json(values | {"kind": kind, "bytes": nbytes, "prompt_tps": speed, "peak_memory": peak})
         return 0
-    print(f"{path}: {counted(len(ids), 'token')}, {size(nbytes)}")
+    console.print_line(f"{path}: {counted(len(ids), 'token')}, {size(nbytes)}")
     console.say(f"Prompt: {counted(len(ids), 'token')}, {speed:.1f} tokens/s")
     console.say(f"Peak memory: {peak:.3f} GB")
     return 0

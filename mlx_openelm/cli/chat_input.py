@@ -7,6 +7,7 @@ import json
 import os
 import select
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ class PipedInput:
 
     is_terminal = False
 
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque()  # those that were read along with another, which ended with CR
+
     def read(self) -> str | None:
         """The next message; None at the end.
 
@@ -36,11 +40,12 @@ class PipedInput:
         return _whole(self._line)
 
     def _line(self, _: str) -> str | None:
-        data = sys.stdin.buffer.readline()
-        if not data:
+        if not self._lines:
+            self._lines.extend(sys.stdin.buffer.readline().splitlines())  # readline only knows LF
+        if not self._lines:
             return None
         try:
-            return data.decode().rstrip("\r\n")
+            return self._lines.popleft().decode()
         except UnicodeDecodeError:
             raise RequestError("This line is not UTF-8 text; give messages in UTF-8.") from None
 

@@ -68,11 +68,11 @@ def run(args: Namespace) -> int:
         )
         written = sum(file.stat().st_size for file in result.path.iterdir())
         if not args.json:
-            print(
+            console.print_line(
                 f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}"
             )
             for name, what in result.exceptions.items():
-                print(f"  {name}: {what}")
+                console.print_line(f"  {name}: {what}")
         sent = upload_command.publish_written(result.path, upload, path)
     if args.json:
         values = {"model": args.model, "mlx_path": str(path.resolve()), "bits_per_weight": result.bits_per_weight}

@@ -122,7 +122,7 @@ def _run_checkpoints(args: Namespace, options: EvaluateOptions, plot: Path | Non
         console.print_json({"checkpoints": args.checkpoints, "results": checkpoints.to_json(results)})
     else:
         for line in tables.text(checkpoints.table(results)):
-            print(line)
+            console.print_line(line)
     if plot is not None:
         from ..harness import plots
 
@@ -134,15 +134,15 @@ def _run_checkpoints(args: Namespace, options: EvaluateOptions, plot: Path | Non
 def show(result: Result, style: str = "text") -> None:
     """Print a result's tables."""
     for line in tables.render(compare.table(result), style):
-        print(line)
+        console.print_line(line)
     width = console.columns(sys.stdout) or _WIDTH
     speed = result.speed.get("requests_per_second")
     note = compare.note(result)
     if speed and result.speed["requests"]:
         note += f" {counted(int(result.speed['requests']), 'request')}, {speed:,.1f} per second."
     print()
-    print(note if style == "markdown" else console.wrap(note, width))
+    console.print_line(note if style == "markdown" else console.wrap(note, width))
     if headline := compare.headline(result):
         print()
         for line in tables.render(headline, style):
-            print(line)
+            console.print_line(line)

@@ -79,9 +79,9 @@ def run(args: Namespace) -> int:
             check_output(path, args.format, overwrite=args.overwrite)
         if not args.json:  # before an upload, which can fail
             bits = f"{result.bits_per_weight:.2f} bits per weight"
-            print(f"{upload_command.wrote(upload)} {path}: {result.type}, {bits}, {size(result.size)}")
+            console.print_line(f"{upload_command.wrote(upload)} {path}: {result.type}, {bits}, {size(result.size)}")
             for name, what in result.exceptions.items():
-                print(f"  {name}: {what}")
+                console.print_line(f"  {name}: {what}")
         sent = upload_command.publish_written(result.path, upload, path, card=result.card, licenses=result.licenses)
     if args.json:
         values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(path)}

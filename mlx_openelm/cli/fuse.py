@@ -99,9 +99,11 @@ def run(args: Namespace) -> int:
         values |= _to_json(result, size_written)
         console.print_json(values | ({"upload": upload_command.to_json(sent)} if sent is not None else {}))
         return 0
-    print(f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}")
+    console.print_line(
+        f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}"
+    )
     for line in _lines(result):
-        print(line)
+        console.print_line(line)
     if sent is not None:
         upload_command.show(sent)
     return 0

@@ -86,16 +86,16 @@ def _show_all(results: list[Result], entries: list[leaderboard.Entry], args: Nam
         console.print_json({"leaderboard": leaderboard.to_json(entries), "tests": tests})
         return
     for line in tables.render(leaderboard.table(entries), args.format):
-        print(line)
+        console.print_line(line)
     print()
     width = None if args.format == "markdown" else console.columns(sys.stdout) or 80
-    print(console.wrap(leaderboard.describe(results), width))
+    console.print_line(console.wrap(leaderboard.describe(results), width))
     if pairs:
         print()
         text = (
             f"{results[0].name} against {results[1].name} on the same questions; p is that of a split into better and "
             "worse as uneven as this one if both were equal:"
         )
-        print(console.wrap(text, width))
+        console.print_line(console.wrap(text, width))
         for line in tables.render(leaderboard.tests_table(results[0], results[1]), args.format):
-            print(line)
+            console.print_line(line)

@@ -149,19 +149,23 @@ def _values(name: str, measured: NLL, args: Namespace, length: int, windows: int
 
 
 def _show(values: dict[str, Any]) -> None:
-    print(f"Perplexity: {values['perplexity']:.4f}")
-    print(f"Loss: {values['nll']:.4f} ± {values['standard_error']:.4f} nats per token")
+    console.print_line(f"Perplexity: {values['perplexity']:.4f}")
+    console.print_line(f"Loss: {values['nll']:.4f} ± {values['standard_error']:.4f} nats per token")
     if not math.isnan(values["bits_per_byte"]):
         parts = (
             f"{values[f'bits_per_{unit}']:.4f} ± {values[f'bits_per_{unit}_standard_error']:.4f} per {unit}"
             for unit in ("byte", "character")
         )
-        print(f"Bits: {', '.join(parts)}")
+        console.print_line(f"Bits: {', '.join(parts)}")
     if "reference_model" in values:
-        print(f"KL divergence from {values['reference_model']}: {values['kl_divergence']:.6f} nats per token")
+        console.print_line(
+            f"KL divergence from {values['reference_model']}: {values['kl_divergence']:.6f} nats per token"
+        )
     stride = "" if values["stride"] is None else f", one every {values['stride']}"
     windows = counted(values["windows"], "window")
-    print(f"Measured on {counted(values['tokens'], 'token')}: {windows} of {values['sequence_length']}{stride}")
+    console.print_line(
+        f"Measured on {counted(values['tokens'], 'token')}: {windows} of {values['sequence_length']}{stride}"
+    )
 
 
 def _show_table(results: Sequence[dict[str, Any]]) -> None:
@@ -181,7 +185,7 @@ def _show_table(results: Sequence[dict[str, Any]]) -> None:
         cells.append(f"{values['tokens']:,}")
         lines.append([*cells, *([f"{values['kl_divergence']:.6f}"] if compared else [])])
     for line in tables.text(lines):
-        print(line)
+        console.print_line(line)
 
 
 def _loading(args: Namespace, model: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _file_settings(given: dict[str, Any], configs: list[str]) -> tuple[str, dict
 
 def _show(done: Pretrained) -> None:
     for line in _summary(done):
-        print(fitted(line, sys.stdout))
+        console.print_line(fitted(line, sys.stdout))
     if done.interrupted:
         # A line of its own, never broken, to be copied.
         print(f"  mlx-openelm pretrain --resume --output {shlex.quote(done.output)}")

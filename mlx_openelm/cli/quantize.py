@@ -94,13 +94,13 @@ def run(args: Namespace) -> int:
         return 0
     _show(result)
     if result.path is not None:
-        print(
+        console.print_line(
             f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}"
         )
     for name, what in result.exceptions.items():
-        print(f"  {name}: {what}")
+        console.print_line(f"  {name}: {what}")
     if plot is not None:
-        print(f"Drew {args.report_plot}")
+        console.print_line(f"Drew {args.report_plot}")
     if sent is not None:
         upload_command.show(sent)
     return 0
@@ -109,15 +109,15 @@ def run(args: Namespace) -> int:
 def _show(result: Quantized) -> None:
     if result.report:
         for line in _table(result.report):
-            print(line)
+            console.print_line(line)
     if result.path is None:
         return
     if result.costs:
-        print("Bits, group size and cost (KL divergence of the output when only that matrix is rounded):")
+        console.print_line("Bits, group size and cost (KL divergence of the output when only that matrix is rounded):")
         for path, choice in result.choices.items():
-            print(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
+            console.print_line(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
     if result.calibrated_on is not None:
-        print(f"Learned from {result.calibrated_on}")
+        console.print_line(f"Learned from {result.calibrated_on}")
 
 
 def _table(rows: list[Row]) -> list[str]:

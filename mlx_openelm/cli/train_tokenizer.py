@@ -42,6 +42,6 @@ def run(args: Namespace) -> int:
         console.print_json(asdict(trained) | {"path": str(trained.path)})
         return 0
     text = f"{counted(trained.documents, 'document')}, {counted(trained.characters, 'character')}"
-    print(f"Wrote {trained.path}: a tokenizer of {counted(trained.vocab_size, 'token')}")
-    print(f"Trained on {text}")
+    console.print_line(f"Wrote {trained.path}: a tokenizer of {counted(trained.vocab_size, 'token')}")
+    console.print_line(f"Trained on {text}")
     return 0

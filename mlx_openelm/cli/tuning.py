@@ -126,7 +126,7 @@ def _file_settings(method: Method, given: dict[str, Any], configs: list[str]) ->
 
 def _show(done: FineTuned, method: Method) -> None:
     for line in summary(done):
-        print(fitted(line, sys.stdout))
+        console.print_line(fitted(line, sys.stdout))
     if done.interrupted:
         # A line of its own, never broken, to be copied.
         print(f"  mlx-openelm {method.options.command} --resume --adapter-path {shlex.quote(str(done.adapter_path))}")

@@ -79,10 +79,10 @@ def show(done: Upload, *, as_json: bool = False) -> None:
         console.print_json(to_json(done))
     elif done.url is not None:
         if all(file.name != CARD for file in done.files):
-            print("The README.md in the repository was written or edited by a person, so it was kept.")
-        print(f"Uploaded {counted(len(done.files), 'file')}, {size(done.size)}: {done.url}")
+            console.print_line("The README.md in the repository was written or edited by a person, so it was kept.")
+        console.print_line(f"Uploaded {counted(len(done.files), 'file')}, {size(done.size)}: {done.url}")
     else:
-        print("\n".join(_plan_lines(done)))
+        console.print_line("\n".join(_plan_lines(done)))
 
 
 def to_json(done: Upload) -> dict[str, Any]:

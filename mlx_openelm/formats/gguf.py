@@ -85,7 +85,7 @@ def write(
     writer = gguf.GGUFWriter(path, gguf_metadata.ARCHITECTURE)
     try:
         gguf_metadata.write(writer, config, FILE_TYPES[gguf_type], name)
-        gguf_tokenizer.write(writer, tokenizer, config.vocab_size, chat_template or tokenizer.chat_template)
+        gguf_tokenizer.write(writer, tokenizer, config.vocab_size, tokenizer.templates(chat_template))
         for tensor, shape in shapes.items():
             kind = gguf.GGMLQuantizationType[types[tensor]]
             writer.add_tensor_info(tensor, shape, None, sizes[tensor], raw_dtype=kind)

@@ -11,11 +11,13 @@ import math
 import tempfile
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, quote
+from ..text.chat_template import DEFAULT, TOOL_USE
 from ..text.sentencepiece import (
     BYTE,
     CONTROL,
@@ -40,6 +42,8 @@ MODEL = "llama"
 _PREFIX = "tokenizer.ggml."
 # Our own key: llama.cpp always adds a space after an added token.
 _FIRST_ONLY = "mlx_openelm.no_space_after_added_tokens"
+# The keys of chat templates, by their names in other files.
+_TEMPLATES = {DEFAULT: "tokenizer.chat_template", TOOL_USE: "tokenizer.chat_template.tool_use"}
 _UNKNOWN_PIECE = "<unk>"
 _ADDED_SCORE = -1000.0  # of added and unused tokens, as llama.cpp's converter writes it
 
@@ -160,11 +164,12 @@ def _no_scores() -> RequestError:
     )
 
 
-def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: str | None) -> None:
+def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, templates: Mapping[str, str]) -> None:
     """Add the tokenizer's keys; warns about what they cannot express.
 
     Args:
         rows: of the embedding; those beyond the tokenizer's pieces become unused tokens.
+        templates: chat templates by name (see `Tokenizer.templates`).
 
     Raises:
         RequestError: llama.cpp would give other ids.
@@ -189,8 +194,8 @@ def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: st
     writer.add_add_space_prefix(model.add_dummy_prefix)
     if spec.beyond and spec.adds_space and spec.first_only:
         writer.add_bool(_FIRST_ONLY, True)
-    if chat_template:
-        writer.add_chat_template(chat_template)
+    if templates:
+        writer.add_chat_template([{"name": name, "template": source} for name, source in templates.items()])
 
 
 def _warn_of_losses(spec: TokenizerSpec, ends: list[int]) -> None:
@@ -221,13 +226,13 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     config: dict[str, Any] = {f"{name}_token": piece for name, piece in special.items()}
     decoder = {str(token.id): {k: v for k, v in token.to_dict().items() if k != "id"} for token in added}
     config |= {"added_tokens_decoder": decoder, "legacy": values.get(_FIRST_ONLY) is not True}
+    templates = {name: values.get(key) for name, key in _TEMPLATES.items()}
+    config["chat_template"] = {name: source for name, source in templates.items() if isinstance(source, str)}
     # Saving the tokenizer copies its file, so the folder must exist as long as the tokenizer does.
     temporary = tempfile.TemporaryDirectory(prefix="mlx-openelm-")
     folder = Path(temporary.name)
     (folder / "tokenizer.model").write_bytes(serialize_model(model, bos_piece=special["bos"], eos_piece=special["eos"]))
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    if isinstance(template := values.get("tokenizer.chat_template"), str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
         tokenizer = Tokenizer.from_folder(folder, eos_token_ids=end_ids(values))
     except RequestError as error:

@@ -135,7 +135,7 @@ def _literal(text: str) -> str:
 def _read(name: str, source: str, wanted: str) -> str:
     """The text of a file that a flag names."""
     path = to_path(name)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise RequestError(f"{source} must be {wanted} or a file with one; there is no file {quote(name)}.")
     try:
         return read_text_source(path).decode("utf-8-sig")

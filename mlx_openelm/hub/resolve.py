@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import OpenELMError, RequestError, quote
-from ..inputs import to_path
+from ..inputs import refuse_device, to_path
 from . import catalog, offline
 from .errors import did_you_mean, explain_download
 from .progress import Transfer, snapshot_bars
@@ -133,6 +133,8 @@ def locate(name: str | Path) -> Path | str:
         return Path(text)
     if not is_known and os.path.isfile(text):
         raise RequestError(f"{name} is a file: give the folder that holds the model, or a .pt or .gguf file")
+    if not is_known:
+        refuse_device(text)
     if isinstance(name, Path) or (not is_known and _looks_like_path(str(name).strip())):
         raise RequestError(f"The folder {name} does not exist")
     if packaged is not None:

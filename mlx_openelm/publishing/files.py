@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..formats import gguf, safetensors
 from ..formats import mlx as mlx_format
 from ..hub.resolve import NEVER_PATTERNS, TOKENIZER_PATTERNS
+from ..inputs import refuse_device
 
 CARD = "README.md"
 # A model's files other than its weights.
@@ -30,6 +31,7 @@ def model_files(path: Path) -> list[Path]:
             raise RequestError(f"{path} is a file: give the folder of the model, or a .gguf file.")
         gguf.check(path)
         return [path]
+    refuse_device(path)
     if not path.is_dir():
         raise RequestError(f"The folder {path} does not exist.")
     if re.fullmatch(r"\..*\.partial-\d+(-\d+)?(-previous)?", path.resolve().name):

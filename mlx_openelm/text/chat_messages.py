@@ -64,18 +64,17 @@ def plain_text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
-def for_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]]:
+def for_built_in(messages: Sequence[Message], tools: Any, title: str) -> list[dict[str, str]]:
     """Role and text of each message, for the built-in templates, which know the roles system, user and assistant.
+
+    `title` is what messages call the template.
 
     Raises:
         RequestError: tools, or their calls and results, which these templates cannot render.
     """
     tool_roles = any(message["role"] in ("tool", "function") for message in messages)
     if tools or tool_roles or any(message.get(key) for message in messages for key in _CALLS):
-        raise RequestError(
-            "Tool calls are not supported by the templates corenet and plain: give one that renders them with "
-            "--chat-template FILE"
-        )
+        raise _not_rendered(title, "tools or their calls")
     # OpenAI's newer models call the system role developer.
     return [
         {"role": "system" if role == "developer" else role, "content": plain_text(message["content"])}
@@ -84,21 +83,19 @@ def for_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]
     ]
 
 
-def for_jinja(messages: Sequence[Message], source: str, tools: Any) -> list[dict[str, Any]]:
+def for_jinja(messages: Sequence[Message], source: str, tools: Any, title: str) -> list[dict[str, Any]]:
     """Copies of the messages as transformers passes them to a template: without nulls, reasoning under both names.
 
-    Parts are joined for a template that does not read them; it would print a Python list.
+    Parts are joined for a template that does not read them; it would print a Python list. `title` as above.
 
     Raises:
         RequestError: tools or their calls, if the template does not mention them and so would drop them.
     """
     for key in _CALLS:
         if key not in source and any(message.get(key) for message in messages):
-            raise RequestError(
-                f"This chat template does not render {key}: give one that does with --chat-template FILE"
-            )
+            raise _not_rendered(title, key)
     if tools and "tools" not in source:
-        raise RequestError("This chat template does not render tools: give one that does with --chat-template FILE")
+        raise _not_rendered(title, "tools")
     reads_parts = _READS_PARTS.search(source) is not None
     prepared = []
     for message in messages:
@@ -110,3 +107,7 @@ def for_jinja(messages: Sequence[Message], source: str, tools: Any) -> list[dict
             values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
         prepared.append(values)
     return prepared
+
+
+def _not_rendered(title: str, what: str) -> RequestError:
+    return RequestError(f"{title} does not render {what}: give one that does with --chat-template FILE")

@@ -28,6 +28,8 @@ CORENET_TEMPLATE = (
 PLAIN_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\\n') }}"
 NAMED_TEMPLATES = {"corenet": CORENET_TEMPLATE, "plain": PLAIN_TEMPLATE}
 OWN = "own"  # the template of the model's folder, which a tokenizer knows
+# The names of a folder's templates, if it has several; transformers takes the second if there are tools.
+DEFAULT, TOOL_USE = "default", "tool_use"
 # The longest templates on the hub have 20,000 bytes.
 _MAX_BYTES = 1 << 20
 
@@ -44,16 +46,29 @@ def find_template(name: str | Path) -> str:
         ) from None
 
 
-def default_template(value: Any, path: Path) -> str | None:
-    """The template in a `tokenizer_config.json`: text, or of a list or an object of several the one named "default"."""
+def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """A folder's own templates by name: `default` and, for conversations with tools, `tool_use`.
+
+    As in transformers, files go before the `tokenizer_config.json` that was read as `config`.
+    Raises `RequestError` for a template that is not text.
+    """
+    files = {DEFAULT: folder / "chat_template.jinja", TOOL_USE: folder / "additional_chat_templates" / "tool_use.jinja"}
+    found = {name: find_template(file) for name, file in files.items() if file.is_file()}
+    if DEFAULT in found:
+        return found
+    return {**_templates_in(config.get("chat_template"), folder / "tokenizer_config.json"), **found}
+
+
+def _templates_in(value: Any, path: Path) -> dict[str, str]:
+    """The templates that a `tokenizer_config.json` holds: one text, or a list or an object of several."""
     if isinstance(value, list):
-        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
-        value = named[-1].get("template") if named else None
-    elif isinstance(value, dict):
-        value = value.get("default")
-    if value is not None and not isinstance(value, str):
+        entries = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
+    else:
+        entries = list(value.items()) if isinstance(value, dict) else [(DEFAULT, value)]
+    found = {name: text for name, text in entries if name in (DEFAULT, TOOL_USE) and text is not None}
+    if not all(isinstance(text, str) for text in found.values()):
         raise RequestError(f"chat_template in {path} must be text")
-    return value
+    return found
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -77,6 +92,7 @@ def render(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
+    title: str = "This chat template",
 ) -> list[str | int]:
     """Render `messages` with the jinja `source` to runs of text (str) and special token ids (int).
 
@@ -87,6 +103,7 @@ def render(
         add_generation_prompt: open the assistant's turn; by default if the last message is not the assistant's.
         continue_final_message: leave the assistant's last message open; turns `add_generation_prompt` off.
         variables: further variables of a jinja template.
+        title: what messages call the template.
 
     Raises:
         RequestError: bad messages, or a template that cannot render them, fails, or takes too much time or memory.
@@ -97,7 +114,7 @@ def render(
     add_generation_prompt = add_generation_prompt and not continue_final_message
     marker = _marker(tuple(special_tokens))
     if source == CORENET_TEMPLATE:  # without jinja2, which takes longer to import than to render
-        hidden = marker.hide(for_built_in(messages, tools))
+        hidden = marker.hide(for_built_in(messages, tools, title))
         text = _render_corenet(hidden, named, add_generation_prompt, continue_final_message)
         return marker.runs(text, special_tokens)
     from .chat_template_process import render as render_jinja
@@ -109,7 +126,7 @@ def render(
             request = {**request, "messages": _mark_end(request["messages"])}
         return render_jinja(source, {**others, **request})
 
-    request = {"messages": for_jinja(messages, source, tools), "tools": list(tools) if tools else None}
+    request = {"messages": for_jinja(messages, source, tools, title), "tools": list(tools) if tools else None}
     text = _render_marked(write, request, marker)
     return marker.runs(_cut_at_end(text) if continue_final_message else text, special_tokens)
 

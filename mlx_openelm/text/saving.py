@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .chat_template import DEFAULT
 from .sentencepiece import read_model
 from .tokenizer_spec import SPACE, TokenizerSpec
 
@@ -21,7 +22,7 @@ def save(
     named: Mapping[str, str],
     config: Mapping[str, Any],
     model_file: Path | None,
-    chat_template: str | None,
+    templates: Mapping[str, str],
 ) -> None:
     """Write the files of `Tokenizer.save`.
 
@@ -30,7 +31,8 @@ def save(
         config: the `tokenizer_config.json` that was read.
         model_file: the `tokenizer.model` to copy; left out if it has another rule for the space in front, which would
             give other ids.
-        chat_template: jinja source.
+        templates: jinja sources by name. One that is not alone goes into `tokenizer_config.json`, since programs differ
+            in whether they copy the subfolder that transformers would make.
     """
     kept = {key: config[key] for key in ("pad_token", "model_max_length") if config.get(key) is not None}
     pad = config.get("pad_token")
@@ -50,11 +52,14 @@ def save(
         added = {str(token.id): token.to_dict() for token in spec.added}
         values["added_tokens_decoder"] = {key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()}
         values["legacy"] = not spec.first_only
+    alone = list(templates) == [DEFAULT]
+    if templates and not alone:
+        values["chat_template"] = [{"name": name, "template": source} for name, source in templates.items()]
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tokenizer.json", json.dumps(write_spec(spec, bos_token_id), ensure_ascii=False, indent=1))
     _write(folder / "tokenizer_config.json", json.dumps(values, ensure_ascii=False, indent=2))
-    if chat_template:
-        _write(folder / "chat_template.jinja", chat_template)
+    if alone:
+        _write(folder / "chat_template.jinja", templates[DEFAULT])
     target = folder / "tokenizer.model"
     if model_file is None or (target.exists() and target.samefile(model_file)):
         return

@@ -17,20 +17,22 @@ from ..errors import OpenELMError, RequestError
 from ..hub import catalog, offline, resolve
 from ..hub.errors import is_absent, is_refused
 from ..inputs import read_bytes
-from .tokenizer import ENGINES, Tokenizer
+from .tokenizer import Tokenizer
 
 FALLBACK = catalog.TOKENIZER_REPO
 # Names that mlx-community gave to conversions, after the model's own.
 _SUFFIXES = ("", "-4bit", "-8bit")
 # Repositories that exist without a suffix and are named in public code; they are tried first.
 _KNOWN = ("OpenELM-270M", "OpenELM-270M-Instruct", "OpenELM-450M-Instruct", "OpenELM-3B", "OpenELM-3B-Instruct")
-# The parts of the cache to search; Apple's documentation points to Meta's repositories.
+# The parts of the cache to search first; Apple's documentation points to Meta's repositories.
 _CACHED = (
     "mlx-community--OpenELM*",
     "apple--OpenELM*",
     "hf-internal-testing--llama-tokenizer",
     "meta-llama--Llama-2-*",
 )
+# The bytes that a `tokenizer.json` has for each piece, in any layout: Llama 2's has 36 to 122.
+_JSON_BYTES = (30, 200)
 
 _MISSING = "the tokenizer, Llama 2's, which Apple's repositories lack,"
 
@@ -141,14 +143,26 @@ def _matches(tokenizer: Tokenizer, identity: Identity) -> bool:
 
 
 def _cached(release: catalog.Release) -> Iterator[Path]:
-    """Folders with a tokenizer in the hub's cache: the model's own repository first, newest snapshots first."""
+    """Folders in the hub's cache that may have the tokenizer: the model's own repository first, then the known ones,
+    then all others; newest snapshots first."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    repos = [path for pattern in _CACHED for path in sorted(cache.glob(f"models--{pattern}"))]
-    for repo in sorted(repos, key=lambda repo: repo.name != _cache_name(release)):
-        snapshots = [path for path in repo.glob("snapshots/*") if any((path / name).is_file() for name in ENGINES)]
+    known = [path for pattern in _CACHED for path in sorted(cache.glob(f"models--{pattern}"))]
+    known.sort(key=lambda repo: repo.name != _cache_name(release))
+    for repo in dict.fromkeys([*known, *sorted(cache.glob("models--*"))]):
+        snapshots = [path for path in repo.glob("snapshots/*") if _may_have(path, LLAMA2)]
         yield from sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _may_have(folder: Path, identity: Identity) -> bool:
+    """Whether to read a folder's tokenizer. A cache may hold hundreds of models, and reading a `tokenizer.json` takes
+    a third of a second, so one of another size is left out; a checksum is fast."""
+    if (folder / "tokenizer.model").is_file():
+        return True
+    file = folder / "tokenizer.json"
+    least, most = (count * identity.vocab_size for count in _JSON_BYTES)
+    return file.is_file() and least <= file.stat().st_size <= most
 
 
 def _cache_name(release: catalog.Release) -> str:

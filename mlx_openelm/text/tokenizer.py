@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from ..errors import RequestError, quote
-from ..inputs import read_json
+from ..inputs import read_json, refuse_device
 from . import chat_template as chat
 from .chat_messages import Message, check_messages, for_built_in
 from .streaming import StreamingDecoder, TokenBytes
@@ -29,7 +29,8 @@ class Tokenizer(TransformersInterface):
 
     Create one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
     `eos_token_ids` are all tokens that end a generation, `vocab_size` is the number of tokens including special ones,
-    `chat_template` is the folder's own template (jinja source).
+    `chat_template` is the folder's own template (jinja source), `tool_template` its other one for conversations with
+    tools, if there is one; setting the first removes the second.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tokenizer(TransformersInterface):
         model_config: dict[str, Any] | None = None,
         eos_token_ids: Iterable[int] | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ):
         """`config` is a `tokenizer_config.json`, `model_config` the ids in the model's configs.
 
@@ -49,6 +51,7 @@ class Tokenizer(TransformersInterface):
         self.vocab_size = engine.vocab_size
         self._config = config or {}
         self.chat_template = chat_template
+        self.tool_template = tool_template
         ids: dict[str, list[int]] = {}
         # BOS and EOS: from the tokenizer config, else the tokenizer itself, else the model config.
         for name, own_id in (("bos", engine.bos_token_id), ("eos", engine.eos_token_id)):
@@ -100,13 +103,14 @@ class Tokenizer(TransformersInterface):
         model_config = read_json(folder / "config.json", missing_ok=True)
         generation_config = read_json(folder / "generation_config.json", missing_ok=True)
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
-        template, template_file = config.get("chat_template"), folder / "chat_template.jinja"
-        if template_file.is_file():
-            template = chat.find_template(template_file)
-        elif template is not None:
-            template = chat.default_template(template, folder / "tokenizer_config.json")
+        templates = chat.read_templates(folder, config)
         return cls(
-            engine, config=config, model_config=model_config, eos_token_ids=eos_token_ids, chat_template=template
+            engine,
+            config=config,
+            model_config=model_config,
+            eos_token_ids=eos_token_ids,
+            chat_template=templates.get(chat.DEFAULT),
+            tool_template=templates.get(chat.TOOL_USE),
         )
 
     @classmethod
@@ -120,6 +124,7 @@ class Tokenizer(TransformersInterface):
         path = Path(path)
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
+        refuse_device(path)
         if not path.is_file():
             raise RequestError(f"No tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
@@ -227,6 +232,21 @@ class Tokenizer(TransformersInterface):
         self.eos_token_ids.add(token_id)
 
     @property
+    def chat_template(self) -> str | None:
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self._chat_template, self.tool_template = source, None
+
+    def templates(self, other: str | None = None) -> dict[str, str]:
+        """The templates by the names that files give them, `default` and `tool_use`; another one replaces both."""
+        if other and other != self.chat_template:
+            return {chat.DEFAULT: other}
+        own = {chat.DEFAULT: self.chat_template, chat.TOOL_USE: self.tool_template}
+        return {name: source for name, source in own.items() if source}
+
+    @property
     def default_template(self) -> str:
         """The template of a chat where none is given: `own` if the folder has one, else `plain`."""
         return "plain" if self.chat_template is None else chat.OWN
@@ -266,7 +286,7 @@ class Tokenizer(TransformersInterface):
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
         `template` is `own` (the folder's), `plain`, `corenet` or the path of a jinja file; by default the folder's own,
-        else `corenet`.
+        else `corenet`. With `tools`, the folder's own is the one it has for them, if there is one.
         Special tokens in messages, including added ones, are encoded as text: only the template writes them. Other
         added tokens become their ids anywhere, as in transformers. `add_generation_prompt` opens the assistant's turn,
         by default if the last message is not the assistant's; `continue_final_message` leaves the last message, the
@@ -278,16 +298,18 @@ class Tokenizer(TransformersInterface):
         Raises `RequestError` for bad messages and templates.
         """
         check_variables(variables)
-        source = self.chat_template
+        source = self.chat_template if tools is None else self.tool_template or self.chat_template
         if template == chat.OWN and source is None:
             raise RequestError(
                 "The model has no chat template of its own; give plain, corenet or a file with --chat-template"
             )
+        is_own = template in (None, chat.OWN) and source is not None
+        title = "The model's chat template" if is_own else f"The chat template {template or 'corenet'}"
         if template not in (None, chat.OWN):
             source = chat.NAMED_TEMPLATES.get(str(template)) or chat.find_template(template)
         if source == chat.PLAIN_TEMPLATE:
             check_messages(messages, continue_final_message)
-            text = "\n".join(message["content"] for message in for_built_in(messages, tools))
+            text = "\n".join(message["content"] for message in for_built_in(messages, tools, title))
             runs: list[str | int] = [self.bos_token_id, text] if text else [self.bos_token_id]
         else:
             runs = chat.render(
@@ -303,6 +325,7 @@ class Tokenizer(TransformersInterface):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
+                title=title,
             )
         if not tokenize:
             runs = runs if runs[:1] == [self.bos_token_id] else [self.bos_token_id, *runs]
@@ -327,7 +350,8 @@ class Tokenizer(TransformersInterface):
         """Write the tokenizer so that transformers and mlx-lm read it to the same ids.
 
         `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` if there is one, and
-        `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own.
+        `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own. If there is another
+        one for tools, both are in `tokenizer_config.json` instead.
         Raises `RequestError` as `check_writable`.
         """
         from . import saving
@@ -339,7 +363,7 @@ class Tokenizer(TransformersInterface):
             named=self._named_tokens(),
             config=self._config,
             model_file=self.model_file,
-            chat_template=chat_template or self.chat_template,
+            templates=self.templates(chat_template),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

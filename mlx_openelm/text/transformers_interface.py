@@ -33,6 +33,7 @@ class TransformersInterface:
     eos_token_id: int
     eos_token_ids: set[int]
     chat_template: str | None
+    tool_template: str | None
     vocab_size: int
 
     def id_to_token(self, token_id: int) -> str:
@@ -124,6 +125,7 @@ class TransformersInterface:
             model_config={"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id},
             eos_token_ids=self.eos_token_ids,
             chat_template=given.get("chat_template", self.chat_template),
+            tool_template=None if "chat_template" in given else self.tool_template,
         )
         changed.eos_token_ids.add(changed.eos_token_id)
         return changed

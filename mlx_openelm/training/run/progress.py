@@ -177,7 +177,7 @@ class RunProgress(Listener):
         if bar is None:
             console.say(line)
         else:
-            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            bar.console.print(console.printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """Print a warning, as `say` does."""
