@@ -291,9 +291,9 @@ def test_a_packaged_model_with_other_layers(name):
 
 
 def test_a_file_with_a_wrong_name_of_a_model_names_that_key(here):
-    (here / "run.yaml").write_text("model: {name: tiny-drafts}\ntokenizer: tiny-drafts\ndata: data\n")
-    done = run_here("pretrain", "--config", "run.yaml", folder=here)
-    assert done.returncode == 2 and done.stderr.endswith("got 'tiny-drafts'. model.name is set in run.yaml.\n")
+    (here / "wrong.yaml").write_text("model: {name: tiny-drafts}\ntokenizer: tiny-drafts\ndata: data\n")
+    done = run_here("pretrain", "--config", "wrong.yaml", folder=here)
+    assert done.returncode == 2 and done.stderr.endswith("got 'tiny-drafts'. model.name is set in wrong.yaml.\n")
 
 
 def test_a_model_of_own_sizes_needs_a_tokenizer(here):
