@@ -205,9 +205,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
 
 
 def summary(
-    *, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None, counts="tokens"
+    *, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None, counts="tokens", count=5000
 ) -> list[str]:
-    result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], 5000, 9.0, 555.0, 0.056)
+    result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], count, 9.0, 555.0, 0.056)
     done = FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint,
                      counts=counts)  # fmt: skip
     return list(tuning.summary(done))
@@ -242,6 +242,8 @@ def test_the_summary_names_the_steps_of_losses_and_weights():
     later = summary(steps=18, val=(3.275, 10), best=(3.275, 10), stopped="interrupted", kept=18)
     assert later[1] == "Validation loss 3.275 at step 10, the lowest (not validated after that)"
     assert summary(val=(None, None), best=(None, None))[1].startswith("Wrote")
+    assert summary(steps=1, counts="pairs", count=1)[0].startswith("Trained 1 step, 1 pair, ")
+    assert summary(steps=2, counts="pairs", count=2)[0].startswith("Trained 2 steps, 2 pairs, ")
     # The validation loss of rewards is minus their mean.
     rewarded = summary(val=(-0.5, 60), best=(-0.75, 40), kept=40, checkpoint="x", counts="completions")
     assert rewarded[1:] == [
