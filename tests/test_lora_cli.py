@@ -205,7 +205,15 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
 
 
 def summary(
-    *, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None, counts="tokens", count=5000
+    *,
+    steps=60,
+    val=(1.1, 60),
+    best=(1.1, 60),
+    stopped="finished",
+    kept=60,
+    checkpoint=None,
+    counts="tokens",
+    count=5000,
 ) -> list[str]:
     result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], count, 9.0, 555.0, 0.056)
     done = FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint,
