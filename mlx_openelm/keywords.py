@@ -49,17 +49,24 @@ def checked(value: Any, options: type | None = None) -> Any:
 
 def _checked(function: Callable[..., Any], name: str, signature: inspect.Signature) -> Callable[..., Any]:
     known = frozenset(signature.parameters)
-    checks, names = _checks(function), list(inspect.signature(function).parameters)
+    own = inspect.signature(function).parameters.values()
+    positional = [item.name for item in own if item.kind is not inspect.Parameter.KEYWORD_ONLY]
+    checks = _checks(function)
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
         if not known.issuperset(keywords):
-            wrong = next(word for word in keywords if word not in known)
-            raise KeywordError(suggestions.unknown_keyword(name, wrong, {"": known, **_options_of(function)}))
+            keywords = {
+                word: value
+                for word, value in keywords.items()
+                if word in known or not suggestions.asks_for_nothing(word, value)
+            }
+            for wrong in keywords.keys() - known:
+                raise KeywordError(suggestions.unknown_keyword(name, wrong, {"": known, **_options_of(function)}))
         threads.note()
         if checks:
-            rest = args[len(names) :]  # too many, as Python will say
-            args = *(checks.get(word, _any)(value) for word, value in zip(names, args, strict=False)), *rest
+            rest = args[len(positional) :]  # too many, as Python will say
+            args = *(checks.get(word, _any)(value) for word, value in zip(positional, args, strict=False)), *rest
             keywords = {word: checks.get(word, _any)(value) for word, value in keywords.items()}
         return function(*args, **keywords)
 

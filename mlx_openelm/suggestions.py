@@ -6,6 +6,7 @@ People who come from mlx-lm, transformers or llama.cpp type the names of those p
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from .errors import quote
 from .wording import did_you_mean, flag, similar
@@ -199,12 +200,23 @@ _REFUSED_KEYWORDS = {
     **dict.fromkeys(("return_token_ids", "return_logprobs"), "each result has its tokens and logprobs"),
     "prefill_batch_size": "prompts are processed one after the other, in pieces",
 }
+# Those whose values false, null and empty ask for nothing: calls that spell out mlx-lm's defaults work.
+_WITH_DEFAULTS = {
+    *("lazy", "model_config", "return_config", "input_embeddings", "verbose", "sampler", "logits_processors"),
+    *("prompt_caches", "return_prompt_caches", "return_token_ids", "return_logprobs", "trust_remote_code"),
+}
 _RENAMED_KEYWORDS = {
     "path_or_hf_repo": "model",
     "prompt_progress_callback": "progress",
     "completion_batch_size": "max_rows",
     "stop_tokens": "stop",
 }
+
+
+def asks_for_nothing(keyword: str, value: Any) -> bool:
+    """Whether an argument that a function does not have is one of mlx-lm's, with a value that changes nothing here."""
+    is_default = value is None or value is False or (isinstance(value, dict) and not value)
+    return keyword in _WITH_DEFAULTS and is_default
 
 
 def unknown_command(program: str, name: str, commands: Sequence[str]) -> str:

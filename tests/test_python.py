@@ -157,7 +157,35 @@ def test_a_wrong_name_gets_a_suggestion(call, message):
 @pytest.mark.parametrize("name", ["lazy", "model_config", "return_config", "quant_predicate", "do_sample", "stream"])
 def test_names_of_mlx_lm_that_are_not_offered_say_why(name):
     with pytest.raises(KeywordError, match=f"^{name} is not offered: "):
-        load("tiny", **{name: None})
+        load("tiny", **{name: True})
+
+
+def test_defaults_of_mlx_lm_that_are_spelled_out_change_nothing():
+    _, tokenizer = load("tiny", lazy=False, return_config=False, model_config={}, trust_remote_code=False)
+    assert tokenizer.vocab_size == 2048
+    with pytest.raises(KeywordError, match="^lazy is not offered"):
+        load("tiny", lazy=0)
+
+
+def test_arguments_beyond_the_positional_ones_are_not_taken_for_others(tmp_path):
+    with pytest.raises(TypeError, match="positional arguments"):
+        convert("tiny", tmp_path / "new", True)
+    with pytest.raises(RequestError, match="adapter eos_token must be a number.*are given by name"):
+        load("tiny", {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "must be text or a list of token ids, got None"),
+        (5, "must be text or a list of token ids, got 5"),
+        (b"hi", "must be text or a list of token ids"),
+        (["a", "b"], "whole numbers; got 'a'; several prompts are for batch_generate"),
+    ],
+)
+def test_prompts_of_other_types_are_refused(prompt, message):
+    with pytest.raises(RequestError, match=message):
+        generate(*load("tiny"), prompt)
 
 
 def test_a_warning_names_the_line_that_called(monkeypatch):

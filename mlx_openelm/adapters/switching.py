@@ -207,7 +207,10 @@ def _to_weight(path: str, weight: object) -> float:
     try:
         return float(weight)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise RequestError(f"The weight of the adapter {path} must be a number, got {quote(weight)}.") from None
+        raise RequestError(
+            f"The weight of the adapter {path} must be a number, got {quote(weight)}; other settings than adapters are "
+            "given by name."
+        ) from None
 
 
 def _parse_path(path: str | os.PathLike[str]) -> tuple[str, float]:

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from .. import backend, threads
 from ..cache import make_cache, step_caches
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..messages import warn
 from ..model import OpenELM
 from ..ops.layers import log_softmax
@@ -75,6 +75,8 @@ def make_request(
     if threads.forked:
         raise RequestError(threads.FORKED)
     options.validate(model.config.vocab_size, model.config.head_dim)
+    if prompt is None or isinstance(prompt, bytes | int | float):
+        raise RequestError(f"The prompt must be text or a list of token ids, got {quote(prompt)}.")
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(EMPTY_PROMPT)

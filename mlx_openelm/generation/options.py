@@ -387,7 +387,10 @@ def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
     values = list(values)
     for token in values:
         if isinstance(token, bool) or not isinstance(token, Integral):
-            raise RequestError(f"{name} must be a flat list of token ids, which are whole numbers; got {quote(token)}.")
+            several = "; several prompts are for batch_generate" if isinstance(token, str) else ""
+            raise RequestError(
+                f"{name} must be a flat list of token ids, which are whole numbers; got {quote(token)}{several}."
+            )
         if not 0 <= int(token) < vocab_size:
             raise RequestError(f"{name} has the token id {quote(token)}; the vocabulary ends at {vocab_size - 1}.")
     return [int(token) for token in values]

@@ -51,7 +51,7 @@ class Tokenizer(TransformersInterface):
         self.vocab_size = engine.vocab_size
         self._config = config or {}
         self.chat_template = chat_template
-        self.tool_template = tool_template
+        self._for_tools = chat_template, tool_template
         ids: dict[str, list[int]] = {}
         # BOS and EOS: from the tokenizer config, else the tokenizer itself, else the model config.
         for name, own_id in (("bos", engine.bos_token_id), ("eos", engine.eos_token_id)):
@@ -103,7 +103,9 @@ class Tokenizer(TransformersInterface):
         model_config = read_json(folder / "config.json", missing_ok=True)
         generation_config = read_json(folder / "generation_config.json", missing_ok=True)
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
-        templates = chat.read_templates(folder, config)
+        files = ("chat_template.jinja", "additional_chat_templates")
+        has_templates = "chat_template" in config or any((folder / name).exists() for name in files)
+        templates = chat.read_templates(folder, config) if has_templates else {}
         return cls(
             engine,
             config=config,
@@ -230,14 +232,6 @@ class Tokenizer(TransformersInterface):
         if token_id is None or self._engine.id_to_token(token_id) is None:
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._chat_template
-
-    @chat_template.setter
-    def chat_template(self, source: str | None) -> None:
-        self._chat_template, self.tool_template = source, None
 
     def templates(self, other: str | None = None) -> dict[str, str]:
         """The templates by the names that files give them, `default` and `tool_use`; another one replaces both."""

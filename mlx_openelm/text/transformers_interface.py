@@ -33,8 +33,14 @@ class TransformersInterface:
     eos_token_id: int
     eos_token_ids: set[int]
     chat_template: str | None
-    tool_template: str | None
     vocab_size: int
+    _for_tools: tuple[str | None, str | None]  # a template for tools, after the `chat_template` that it belongs to
+
+    @property
+    def tool_template(self) -> str | None:
+        """The template for conversations with tools, if there is another one; none once `chat_template` was set."""
+        own, template = self._for_tools
+        return template if self.chat_template == own else None
 
     def id_to_token(self, token_id: int) -> str:
         """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
