@@ -188,6 +188,9 @@ def test_axes_and_curves(tmp_path: Path) -> None:
     )
     assert all(tick == round(tick) for tick in rates.get_xticks())
     assert metrics.figure({"train_loss": [], "val_loss": [], "learning_rate": []}).axes[0].get_legend() is None
+    # A run that was stopped before its first validation: the untrained model is the best of nothing.
+    stopped = metrics.figure({**curves, "val_loss": [(0, 11.7)]}).axes[0]
+    assert [text.get_text() for text in stopped.get_legend().get_texts()] == ["training", "validation"]
 
 
 @pytest.mark.parametrize(("first", "scale"), [(11.7, "log"), (3.9, "linear"), (0.0, "linear")])

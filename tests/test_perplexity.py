@@ -144,6 +144,9 @@ def test_examples_for_fine_tuning_are_sent_to_what_measures_them(tmp_path, recor
         load_documents(path)
     command = str(error.value).partition("is measured by: ")[2].strip("`.")
     assert shlex.split(command) == ["mlx-openelm", "lora", "--test", "--data", str(path)]
+    with pytest.raises(RequestError, match="is a folder; give a file of it, or the perplexity of examples") as error:
+        load_documents(tmp_path)
+    assert str(error.value).endswith(f"`mlx-openelm lora --test --data {tmp_path}`.")
 
 
 def test_the_command_that_measures_examples_loads_the_same_model(tmp_path, monkeypatch, capsys):

@@ -179,7 +179,7 @@ def test_errors_name_keys_of_requests_and_flags_of_the_server(server: Serving, m
     call = {"role": "assistant", "tool_calls": [{"id": "a"}]}
     for message in (call, {"role": "tool", "content": "a", "tool_call_id": "b"}):
         error = server.error(CHAT, {"messages": [*HELLO, message]})["message"]
-        assert error.endswith("give one that renders them with the server's --chat-template FILE.")
+        assert error.endswith("give one that does with the server's --chat-template FILE.")
     error = server.error(COMPLETIONS, {"prompt": "a", "num_draft_tokens": 3})["message"]
     assert error == "num_draft_tokens needs a draft model, and the server has none; leave it out."
     for names_flags in (False, True):

@@ -67,6 +67,9 @@ def load_documents(path: str | Path, loading: Mapping[str, Any] | None = None) -
         RequestError: the file is unreadable or empty, or a record (named by its line or item) is not such an object.
     """
     path = Path(path)
+    if path.is_dir():
+        examples = f"the perplexity of examples for fine-tuning is measured by: {_testing(path, loading or {})}"
+        raise RequestError(f"{path} is a folder; give a file of it, or {examples}.")
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _parquet_documents(path)
@@ -123,11 +126,16 @@ def _document(path: Path, place: str, value: Any, loading: Mapping[str, Any]) ->
         wrong = f"{path.parent / place}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
-            command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
-            call = f"`finetune(name, FineTuneOptions(test=True, data={json.dumps(str(path), ensure_ascii=False)}))`"
-            wrong += f"; their perplexity is measured by: {command_or_call(f'`{command}`', call)}"
+            wrong += f"; their perplexity is measured by: {_testing(path, loading)}"
         raise RequestError(f"{wrong}.")
     return text
+
+
+def _testing(path: Path, loading: Mapping[str, Any]) -> str:
+    """The command, or in Python the call, that measures the perplexity of examples for fine-tuning."""
+    command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
+    call = f"`finetune(name, FineTuneOptions(test=True, data={json.dumps(str(path), ensure_ascii=False)}))`"
+    return command_or_call(f"`{command}`", call)
 
 
 def reading_note(path: str | Path) -> str | None:

@@ -225,9 +225,10 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
     if validations:
         # Points alone: a line would show values between validations, where nothing was measured.
         losses.plot(*zip(*validations, strict=True), "o", label="validation", color="C1", markersize=6)
-        step, loss = min(validations, key=lambda point: point[1])
-        best = f"lowest validation loss: {loss:.3f} at step {step:,}"
-        losses.plot(step, loss, "*", label=best, color="C3", markersize=15, zorder=3)
+        if any(step for step, _ in validations):  # not that of the untrained model alone
+            step, loss = min(validations, key=lambda point: point[1])
+            best = f"lowest validation loss: {loss:.3f} at step {step:,}"
+            losses.plot(step, loss, "*", label=best, color="C3", markersize=15, zorder=3)
     if curves[LEARNING_RATE]:
         rates.plot(*zip(*curves[LEARNING_RATE], strict=True), style, color="C2", linewidth=1.2)
     for axes, (label, name) in zip(others, shares.items(), strict=True):
