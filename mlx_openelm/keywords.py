@@ -61,7 +61,7 @@ def _checked(function: Callable[..., Any], name: str, signature: inspect.Signatu
                 for word, value in keywords.items()
                 if word in known or not suggestions.asks_for_nothing(word, value)
             }
-            for wrong in keywords.keys() - known:
+            if (wrong := next((word for word in keywords if word not in known), None)) is not None:
                 raise KeywordError(suggestions.unknown_keyword(name, wrong, {"": known, **_options_of(function)}))
         threads.note()
         if checks:

@@ -81,7 +81,7 @@ def test_models_take_turns_in_memory() -> None:
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda name: text_of(server, model=name), asked)) == [expected[name] for name in asked]
         assert len(server.worker.models.residents) == 1
-        assert 3 <= len(loaded) <= 7
+        assert 2 <= len(loaded) <= 7  # two if all requests for the model that is there come before the others
         assert server.metric("mlx_openelm_models_resident") == 1
         assert text_of(server, model="b") == expected["b"]
         again = len(loaded)
