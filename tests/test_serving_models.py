@@ -86,6 +86,7 @@ def test_models_take_turns_in_memory() -> None:
         assert text_of(server, model="b") == expected["b"]
         again = len(loaded)
         assert text_of(server, model="b") == expected["b"] and len(loaded) == again
+        assert text_of(server, model="a") == expected["a"] and loaded[again:] == ["tiny"]
 
 
 def test_what_waits_for_one_model_does_not_hold_up_another() -> None:
