@@ -85,8 +85,8 @@ def rows(result: Result) -> list[Row]:
 
 def with_other_shots(result: Result) -> list[str]:
     """The tasks of a result that had other numbers of examples in their prompts than in the paper's table."""
-    shots = paper_shots(result.suite) or {}
-    return [name for name, count in shots.items() if name in result.tasks and result.tasks[name].num_fewshot != count]
+    shots = paper_shots(result.suite).items()
+    return [name for name, count in shots if name in result.tasks and result.tasks[name].num_fewshot != count]
 
 
 def is_part(name: str, result: Result) -> bool:
@@ -171,8 +171,8 @@ def note(result: Result) -> str:
 
 def headline(result: Result) -> list[list[str]]:
     """The paper's first table with a line for the result, if that is a whole run of the suite `openllm`."""
-    tasks = paper_shots("openllm") or {}
-    if result.suite != "openllm" or not tasks.keys() <= result.tasks.keys() or with_other_shots(result):
+    is_whole = paper_shots(result.suite).keys() <= result.tasks.keys()
+    if result.suite != "openllm" or not is_whole or with_other_shots(result):
         return []
     found = rows(result)
     lines = [["model", "tokens", AVERAGE]]

@@ -152,10 +152,10 @@ def _runner(options: EvaluateOptions) -> Runner:
 
     lm_tasks.prepare()
     suite, names = options.suite, options.task_names
-    tasks = [] if suite is None else wanted(suite, names)
+    tasks = [Wanted(name) for name in names] if suite is None else wanted(suite, names)
     folder = None if options.include_path is None else to_path(options.include_path)
-    manager = lm_tasks.make_manager([task.name for task in tasks] or names, folder)
-    if suite is None:
+    manager = lm_tasks.make_manager([task.name for task in tasks], folder)
+    if suite is None:  # names may be patterns
         tasks = [Wanted(name) for name in lm_tasks.matching(names, manager)]
     paper = suite is not None and options.mode == "paper"
     return lambda scorer, began: lm_tasks.run(tasks, scorer, options, manager, paper=paper, began=began)

@@ -67,16 +67,16 @@ def wanted(suite: str, names: list[str]) -> list[Wanted]:
     if suite == "commonsense":
         tasks = [commonsense.find_task(name) for name in names] if names else commonsense.TASKS
         return [Wanted(task.name, 0) for task in tasks]
-    shots: dict[str, int] = OWN[suite] if suite in OWN else catalog.published_scores()["shots"][suite]
+    shots = OWN.get(suite) or paper_shots(suite)
     for name in names:
         if name not in shots:
             raise RequestError(f"--suite {suite} has no task {name!r}; it has {', '.join(shots)}.")
     return [Wanted(name, shots[name]) for name in names or shots]
 
 
-def paper_shots(suite: str | None) -> dict[str, int] | None:
-    """The examples in a prompt by task of one of the paper's tables; None if a suite is none of them."""
-    return catalog.published_scores()["shots"].get(suite)
+def paper_shots(suite: str | None) -> dict[str, int]:
+    """The examples in a prompt by task of one of the paper's tables; empty if a suite is none of them."""
+    return catalog.published_scores()["shots"].get(suite, {})
 
 
 def metric_of(task: str, metrics: dict[str, Any]) -> str | None:
