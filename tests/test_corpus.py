@@ -275,7 +275,7 @@ def write_essays(folder: Path, number: int = 300) -> str:
 def test_data_costs_a_fraction_of_a_workers_time(
     tmp_path: Path, mode: str, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In seconds of a processor, beside those of them in which the text is tokenized."""
+    """In seconds of a processor, beside those of them in which the text is tokenized; the best of three counts."""
     pytest.importorskip("ftfy")
     path, steps = write_essays(tmp_path, 80), 4
     monkeypatch.setattr(packed, "WINDOW", steps * 16 * 2048)
@@ -288,16 +288,21 @@ def test_data_costs_a_fraction_of_a_workers_time(
         encoding += time.thread_time() - started
         return ids
 
+    def seconds() -> tuple[float, float]:
+        """In all, and of them in the tokenizer."""
+        nonlocal encoding
+        encoding, started = 0.0, time.process_time()
+        with make(path, mode=mode, **buffer_of(mode), **ROWS) as data:
+            for _ in range(steps):
+                data.step()
+            return time.process_time() - started, encoding
+
     monkeypatch.setattr(Tokenizer, "encode", timed)
     repaired("“ﬁrst”")  # ftfy makes its tables
-    started = time.process_time()
-    with make(path, mode=mode, **buffer_of(mode), **ROWS) as data:
-        for _ in range(steps):
-            data.step()
-        used = time.process_time() - started
-    assert used < most * encoding  # 1.1 and 1.8 here; 2.8 if ftfy gets lines that it would not change
-    # Four times what a worker has for it, which should be enough for any machine.
-    assert used < 4 * 0.5 * steps * 16 * 2048 / TOKENS_PER_SECOND
+    # 1.1 and 1.8 here; 2.8 if ftfy gets lines that it would not change.
+    # The other bound is four times what a worker has for it, which should be enough for any machine.
+    enough = 4 * 0.5 * steps * 16 * 2048 / TOKENS_PER_SECOND
+    assert any(used < min(most * tokenizing, enough) for used, tokenizing in (seconds() for _ in range(3)))
 
 
 def test_the_tokenizer_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
