@@ -36,7 +36,7 @@ void check_loads() {
     check_load<BFloat16, N>("bfloat16", 65536, bfloat_to_double);
     check_load<uint8_t, N>("uint8", 256, [](uint16_t value) { return double(value); });
   };
-  loads(Constant<4>{}), loads(Constant<8>{}), loads(Constant<kLanes>{});
+  loads(Constant<2>{}), loads(Constant<4>{}), loads(Constant<8>{}), loads(Constant<kLanes>{});
   for (Type type : kTypes) {
     for (int count = 0; count <= kLanes; count++) {
       Numbers numbers(type, count);
@@ -85,32 +85,32 @@ void check_arithmetic() {
     check_ordered_sums<kLanes, kLanes>(vectors);
     check_ordered_sums<kLanes, 3>(vectors);
     check_ordered_sums<kLanes, 1>(vectors);
-    Float all = sums(vectors);
+    Float all = sums<kLanes>(vectors);
     for (int v = 0; v < kLanes; v++) check(is_close(all[v], expected[v], 3e-7), "sums");
   }
 }
 
 template <int bits>
-void check_dot() {
+void check_dots() {
   for (int n = 0; n < 60; n++) {
     // First the largest weights with the most extreme activations, then random ones.
     int blocks = n < 30 ? 1 + n * 5 : random_int(1, 20);
-    Dot<bits> dot;
+    Dots<bits> dots;
     int64_t expected = 0;
     for (int block = 0; block < blocks; block++) {
-      Bytes weights;
-      std::vector<int8_t> x(32);
-      for (int i = 0; i < 32; i++) {
+      Wide weights;
+      std::vector<int8_t> x(sizeof weights);
+      for (size_t i = 0; i < sizeof weights; i++) {
         weights[i] = uint8_t(n < 30 ? (1 << bits) - 1 : random_int(0, (1 << bits) - 1));
         x[i] = int8_t(n < 10 ? 127 : n < 20 ? -127 : n < 30 ? random_int(0, 1) * 254 - 127 : random_int(-127, 127));
         expected += int(weights[i]) * x[i];
       }
-      dot.add(weights, x.data());
+      dots.add(weights, x.data());
     }
-    Sums parts = dot.finish();
+    WideInt parts = dots.finish();
     int64_t got = 0;
-    for (int i = 0; i < 8; i++) got += parts[i];
-    check(got == expected, text("dot of", bits, "bits,", blocks, "blocks: got", got, "expected", expected));
+    for (int i = 0; i < kWideLanes; i++) got += parts[i];
+    check(got == expected, text("dots of", bits, "bits,", blocks, "blocks: got", got, "expected", expected));
   }
 }
 
@@ -129,12 +129,38 @@ void check_unpack() {
   }
 }
 
+void check_halves_together() {
+  Bytes blocks[kHalves];
+  Wide halves[2];
+  for (int b = 0; b < kHalves; b++)
+    for (int i = 0; i < 32; i++) blocks[b][i] = uint8_t(32 * b + i);
+  halves_together(blocks, halves);
+  for (int half = 0; half < 2; half++)
+    for (int i = 0; i < 16 * kHalves; i++)
+      check(halves[half][i] == i / 16 * 32 + 16 * half + i % 16, text("halves_together at", half, i));
+}
+
+void check_four_times() {
+  for (Type type : kTypes) {
+    Numbers numbers(type, kHalves);
+    WideFloat all = with_type(
+        type, [&](auto* t) { return load_four_times(reinterpret_cast<decltype(t)>(numbers.bytes.data())); });
+    Vector<float, kHalves> value;
+    for (int i = 0; i < kHalves; i++) value[i] = float(numbers.values[i]);
+    WideFloat same = four_times(value);
+    for (int i = 0; i < 4 * kHalves; i++)
+      check(all[i] == value[i / 4] && same[i] == value[i / 4], text("four times, type", int(type), "at", i));
+  }
+}
+
 void check_packing() {
+  check_halves_together();
+  check_four_times();
   for (int bits : kBits) {
     with_bits(bits, [](auto b) {
       check_unpack<b.value, kBlock<b.value, 32>>();
       check_unpack<b.value, kBlock<b.value, 128>>();
-      if constexpr (can_round(b.value)) check_dot<b.value>();
+      if constexpr (can_round(b.value)) check_dots<b.value>();
     });
   }
 }

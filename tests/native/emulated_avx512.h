@@ -31,21 +31,20 @@ inline Floats halves_to_floats(__m256i halves) {
   return floats;
 }
 
-// Four products of unsigned and signed bytes are added to each 32-bit number.
-inline __m256i dot(__m256i total, __m256i unsigned_bytes, __m256i signed_bytes) {
-  int32_t totals[8];
-  uint8_t a[32];
-  int8_t b[32];
-  std::memcpy(totals, &total, 32), std::memcpy(a, &unsigned_bytes, 32), std::memcpy(b, &signed_bytes, 32);
-  for (int i = 0; i < 32; i++) totals[i / 4] += a[i] * b[i];
-  std::memcpy(&total, totals, 32);
+// Four products of unsigned and signed bytes are added to each 32-bit number. The register is a type of this file:
+// compilers do not return a 512-bit one without AVX-512.
+inline Ints dot(Ints total, Ints unsigned_bytes, Ints signed_bytes) {
+  uint8_t a[64];
+  int8_t b[64];
+  std::memcpy(a, &unsigned_bytes, 64), std::memcpy(b, &signed_bytes, 64);
+  for (int i = 0; i < 64; i++) total[i / 4] += a[i] * b[i];
   return total;
 }
 
 }  // namespace emulated_avx512
 
-#undef _mm256_dpbusd_epi32  // a macro in GCC's header
 #define _mm512_cvtepu8_epi32 emulated_avx512::widen<uint8_t>
 #define _mm512_cvtepu16_epi32 emulated_avx512::widen<uint16_t>
 #define _mm512_cvtph_ps emulated_avx512::halves_to_floats
-#define _mm256_dpbusd_epi32 emulated_avx512::dot
+#define _mm512_dpbusd_epi32 emulated_avx512::dot
+#define __m512i emulated_avx512::Ints

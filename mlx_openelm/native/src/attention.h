@@ -94,7 +94,7 @@ inline void block_products(const float* a, int64_t rows, int64_t length, const f
           Float query = load(a + r * width + i);
           for (int k = 0; k < kLanes; k++) totals[k] += query * load(b + (key + k) * stride + i);
         }
-        write(scores + r * kKeys + key, sums(totals));
+        write(scores + r * kKeys + key, sums<kLanes>(totals));
       }
     }
     for (; key < count; key++) {

@@ -59,20 +59,22 @@ struct Matrix {
 };
 
 // Not inlined: it runs only at the very end of a matrix, and inlining would compile it a thousand times.
-template <class T>
-__attribute__((noinline)) Vector<float, 8> load_last(const T* from, int count) {
-  return load_some<8>(from, count);
+template <int N, class T>
+__attribute__((noinline)) Vector<float, N> load_last(const T* from, int count) {
+  return load_some<N>(from, count);
 }
 
 // `count` scales or biases of a type from position `at` of `all`, then zeros. At the end of a row, those of the next
 // row are read as well and dropped.
-INLINE Vector<float, 8> load_scales(const void* scales, Type type, int64_t at, int count, int64_t all) {
+template <int N>
+INLINE Vector<float, N> load_scales(const void* scales, Type type, int64_t at, int count, int64_t all) {
   return with_type(type, [&](auto* t) INLINE_LAMBDA {
     auto* from = static_cast<decltype(t)>(scales) + at;
-    if (count == 8) return load<8>(from);
-    if (at + 8 > all) return load_last(from, count);
-    constexpr Vector<int32_t, 8> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-    return bits_of<Vector<float, 8>>(bits_of<Vector<int32_t, 8>>(load<8>(from)) & (lanes < count));
+    if (count == N) return load<N>(from);
+    if (at + N > all) return load_last<N>(from, count);
+    Vector<int32_t, N> lanes;
+    for (int i = 0; i < N; i++) lanes[i] = i;
+    return bits_of<Vector<float, N>>(bits_of<Vector<int32_t, N>>(load<N>(from)) & (lanes < count));
   });
 }
 

@@ -142,7 +142,7 @@ INLINE Vector<float, N> load(const Float16* from) {
 #if defined(__ARM_NEON)
   if constexpr (N == 4) return bits_of<Vector<float, 4>>(vcvt_f32_f16(read<float16x4_t>(from)));
 #endif
-  Vector<float, N> value;
+  Vector<float, N> value{};
   for (int i = 0; i < N; i++) value[i] = half_to_float(from[i].bits);
   return value;
 }
@@ -195,12 +195,12 @@ INLINE V add_blocks(V a, V b, std::integer_sequence<int, lane...>) {
   return first + second;
 }
 
-// The sums of kLanes vectors, one per lane, in log2(kLanes) rounds for all of them.
-template <int step = 1>
-INLINE Float sums(Float* vectors) {
-  for (int i = 0; i < kLanes / step / 2; i++)
-    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
-  if constexpr (2 * step < kLanes) return sums<2 * step>(vectors);
+// The sums of N vectors of N lanes, one per lane, in log2(N) rounds for all of them.
+template <int N, int step = 1>
+INLINE Vector<float, N> sums(Vector<float, N>* vectors) {
+  for (int i = 0; i < N / step / 2; i++)
+    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, N>{});
+  if constexpr (2 * step < N) return sums<N, 2 * step>(vectors);
   return vectors[0];
 }
 
@@ -242,11 +242,17 @@ INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-INLINE float largest(Float value) {
-  float top = value[0];
-  for (int i = 1; i < kLanes; i++) top = value[i] > top ? value[i] : top;
-  return top;
+template <int N>
+INLINE float largest(Vector<float, N> value) {
+  if constexpr (N == 1) {
+    return value[0];
+  } else {
+    Vector<float, N / 2> halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return largest<N / 2>(larger(halves[0], halves[1]));
+  }
 }
+INLINE float largest(Float value) { return largest<kLanes>(value); }
 
 // e^x: 2^n as bits of the exponent, times 2^f by a polynomial for f in [-1/2, 1/2] (relative error 2e-7).
 // Below -87.3 it is 0, since subnormal numbers would make sums slow; NaN stays NaN.
@@ -271,19 +277,106 @@ INLINE Float exp(Float x) {
 
 // 32 bytes: the unit in which weights are unpacked, for any register width.
 using Bytes = Vector<uint8_t, 32>;
-using Sums = Vector<int32_t, 8>;
 
-// Sums of products of unsigned weights below 64 and signed activations, 32 at a time, into 8 lanes.
+// The bytes that one instruction multiplies, and lanes for sums of four of their products each.
+#if defined(OPENELM_VNNI)
+using Wide = Vector<uint8_t, 64>;
+#else
+using Wide = Vector<uint8_t, 32>;
+#endif
+constexpr int kWideLanes = sizeof(Wide) / 4;
+using WideInt = Vector<int32_t, kWideLanes>;
+using WideFloat = Vector<float, kWideLanes>;
+
+// The first and the second halves of as many blocks as fill them.
+constexpr int kHalves = sizeof(Wide) / 16;
+INLINE void halves_together(const Bytes (&blocks)[kHalves], Wide (&halves)[2]) {
+  using Block = Vector<int64_t, 4>;
+#if defined(OPENELM_VNNI)
+  auto pair = [&](int i) INLINE_LAMBDA {
+    return __builtin_shufflevector(Block(blocks[i]), Block(blocks[i + 1]), 0, 1, 2, 3, 4, 5, 6, 7);
+  };
+  auto a = pair(0), b = pair(2);
+  halves[0] = Wide(__builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13));
+  halves[1] = Wide(__builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15));
+#else
+  auto a = Block(blocks[0]), b = Block(blocks[1]);
+  halves[0] = Wide(__builtin_shufflevector(a, b, 0, 1, 4, 5));
+  halves[1] = Wide(__builtin_shufflevector(a, b, 2, 3, 6, 7));
+#endif
+}
+
+// Each lane of a vector four times. (For numbers in memory there is a way that compilers do not find.)
+INLINE WideFloat four_times(Vector<float, kHalves> value) {
+#if defined(OPENELM_VNNI)
+  return __builtin_shufflevector(value, value, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+#else
+  return __builtin_shufflevector(value, value, 0, 0, 0, 0, 1, 1, 1, 1);
+#endif
+}
+
+// Where the bytes of numbers in half precision go, each number four times: alone, or as the upper halves of floats.
+INLINE Vector<int8_t, 2 * kWideLanes> half_four_times() {
+  Vector<int8_t, 2 * kWideLanes> bytes{};
+  for (int i = 0; i < 2 * kWideLanes; i++) bytes[i] = int8_t(i / 8 * 2 + i % 2);
+  return bytes;
+}
+INLINE Vector<int8_t, 4 * kWideLanes> upper_half_four_times() {
+  Vector<int8_t, 4 * kWideLanes> bytes{};
+  for (int i = 0; i < 4 * kWideLanes; i++) bytes[i] = int8_t(i % 4 < 2 ? -1 : i / 16 * 2 + i % 2);
+  return bytes;
+}
+
+// kHalves numbers of a type, each four times.
+INLINE WideFloat load_four_times(const float* from) {
+#if defined(OPENELM_VNNI) && defined(__AVX512F__)
+  constexpr Vector<int32_t, 16> places = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  return bits_of<WideFloat>(
+      _mm512_permutevar_ps(_mm512_broadcast_f32x4(read<__m128>(from)), bits_of<__m512i>(places)));
+#elif defined(__AVX2__) && !defined(OPENELM_VNNI)
+  constexpr Vector<int32_t, 8> places = {0, 0, 0, 0, 1, 1, 1, 1};
+  auto pairs = _mm256_castpd_ps(_mm256_set1_pd(read<double>(from)));
+  return bits_of<WideFloat>(_mm256_permutevar_ps(pairs, bits_of<__m256i>(places)));
+#else
+  return four_times(load<kHalves>(from));
+#endif
+}
+
+INLINE WideFloat load_four_times(const BFloat16* from) {
+#if defined(OPENELM_VNNI) && defined(__AVX512BW__)
+  auto all = _mm512_set1_epi64(read<int64_t>(from));
+  return bits_of<WideFloat>(_mm512_shuffle_epi8(all, bits_of<__m512i>(upper_half_four_times())));
+#elif defined(__AVX2__) && !defined(OPENELM_VNNI)
+  auto all = _mm256_set1_epi32(read<int32_t>(from));
+  return bits_of<WideFloat>(_mm256_shuffle_epi8(all, bits_of<__m256i>(upper_half_four_times())));
+#else
+  return four_times(load<kHalves>(from));
+#endif
+}
+
+INLINE WideFloat load_four_times(const Float16* from) {
+#if defined(OPENELM_VNNI) && defined(__AVX512BW__)
+  auto all = _mm256_set1_epi64x(read<int64_t>(from));
+  return bits_of<WideFloat>(_mm512_cvtph_ps(_mm256_shuffle_epi8(all, bits_of<__m256i>(half_four_times()))));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(OPENELM_VNNI)
+  auto all = _mm_set1_epi32(read<int32_t>(from));
+  return bits_of<WideFloat>(_mm256_cvtph_ps(_mm_shuffle_epi8(all, bits_of<__m128i>(half_four_times()))));
+#else
+  return four_times(load<kHalves>(from));
+#endif
+}
+
+// Sums of products of unsigned weights below 64 and signed activations, four products to a lane.
 //
 // AVX2 adds pairs of products in 16 bits, which can hold `kHeld` such sums for weights of `bits` bits before they must
 // be widened. VNNI and ARM's dot products use 32 bits from the start.
 template <int bits>
-class Dot {
+class Dots {
  public:
-  INLINE void add(Bytes weights, const int8_t* x) {
+  INLINE void add(Wide weights, const int8_t* x) {
 #if defined(OPENELM_VNNI)
-    total_ = bits_of<Sums>(_mm256_dpbusd_epi32(
-        bits_of<__m256i>(total_), bits_of<__m256i>(weights), read<__m256i>(x)));
+    total_ = bits_of<WideInt>(_mm512_dpbusd_epi32(
+        bits_of<__m512i>(total_), bits_of<__m512i>(weights), read<__m512i>(x)));
 #elif defined(__AVX2__)
     if (held_ == kHeld) flush();
     __m256i pairs = _mm256_maddubs_epi16(bits_of<__m256i>(weights), read<__m256i>(x));
@@ -297,11 +390,11 @@ class Dot {
     parts[1] = vdotq_s32(parts[1], w[1], vld1q_s8(x + 16));
     std::memcpy(&total_, parts, sizeof parts);
 #else
-    for (int i = 0; i < 32; i++) total_[i / 4] += int32_t(weights[i]) * x[i];
+    for (int i = 0; i < int(sizeof weights); i++) total_[i / 4] += int32_t(weights[i]) * x[i];
 #endif
   }
 
-  INLINE Sums finish() {
+  INLINE WideInt finish() {
 #if defined(__AVX2__) && !defined(OPENELM_VNNI)
     flush();
 #endif
@@ -309,11 +402,11 @@ class Dot {
   }
 
  private:
-  Sums total_{};
+  WideInt total_{};
 #if defined(__AVX2__) && !defined(OPENELM_VNNI)
   static constexpr int kHeld = 32767 / (2 * 127 * ((1 << bits) - 1));
   INLINE void flush() {
-    total_ += bits_of<Sums>(_mm256_madd_epi16(short_, _mm256_set1_epi16(1)));
+    total_ += bits_of<WideInt>(_mm256_madd_epi16(short_, _mm256_set1_epi16(1)));
     held_ = 0;
   }
   __m256i short_;
