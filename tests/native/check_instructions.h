@@ -85,6 +85,11 @@ void check_arithmetic() {
     check_ordered_sums<kLanes, kLanes>(vectors);
     check_ordered_sums<kLanes, 3>(vectors);
     check_ordered_sums<kLanes, 1>(vectors);
+    Float turned[kLanes];
+    std::copy_n(vectors, kLanes, turned);
+    transpose(turned);
+    for (int v = 0; v < kLanes; v++)
+      for (int i = 0; i < kLanes; i++) check(turned[v][i] == vectors[i][v], "transpose");
     Float all = sums<kLanes>(vectors);
     for (int v = 0; v < kLanes; v++) check(is_close(all[v], expected[v], 3e-7), "sums");
   }

@@ -64,6 +64,27 @@ inline void pack_panel(const float* x, int64_t stride, int64_t rows, int64_t dep
   }
 }
 
+// to [columns, rows] += the transposed from [rows, columns].
+inline void add_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                           int64_t to_stride) {
+  int64_t whole = rows / kLanes * kLanes;
+  for (int64_t c = 0, count; c < columns; c += count) {
+    count = columns - c < kLanes ? columns - c : kLanes;
+    for (int64_t r = 0; r < whole; r += kLanes) {
+      Float block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) block[i] = load(from + (r + i) * from_stride + c);
+      transpose(block);
+      for (int i = 0; i < count; i++) {
+        float* at = to + (c + i) * to_stride + r;
+        write(at, load(at) + block[i]);
+      }
+    }
+    for (int64_t r = whole; r < rows; r++)
+      for (int64_t i = c; i < c + count; i++) to[i * to_stride + r] += from[r * from_stride + i];
+  }
+}
+
 constexpr int64_t kBlockRows = 96;    // of weights: a multiple of 32, of both tiles, and with kBlockDepth half of L2
 constexpr int64_t kBlockDepth = 256;  // a panel of this depth fits L1
 constexpr int64_t kMostRows = 512;    // of x at a time, so that panels stay in the outer caches
@@ -101,10 +122,7 @@ inline void many_rows(const Matrix& m, int64_t outputs, int64_t depth, const flo
           tiles(count, deep, block, row, step, packed + (p * depth + k) * kPanel, kPanel, results + p * kPanel, width,
                 k > 0);
       }
-      for (int64_t i = 0; i < some; i++) {
-        float* to = y + (first + i) * outputs + n;
-        for (int64_t r = 0; r < count; r++) to[r] += results[r * width + i];
-      }
+      add_transposed(results, width, count, some, y + first * outputs + n, outputs);
     });
   }
 }

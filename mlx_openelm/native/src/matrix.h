@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "unpack.h"
@@ -98,6 +99,8 @@ inline void open(const Matrix& m, int64_t row, int64_t rows, int64_t column, int
     });
     return;
   }
+  int64_t groups = m.groups(), within = m.group - 1;
+  int shift = std::countr_zero(unsigned(m.group));  // a power of two; a division would take longer than all the rest
   with_bits(m.bits, [&](auto b) {
     constexpr int bits = b.value;
     for (int64_t r = 0; r < rows; r++) {
@@ -105,8 +108,8 @@ inline void open(const Matrix& m, int64_t row, int64_t rows, int64_t column, int
       float* out = to + r * stride;
       float scale = 0, bias = 0;
       for (int64_t c = column; c < column + columns; c += 32, packed += 4 * bits, out += 32) {
-        if (c == column || c % m.group == 0) {
-          int64_t at = (row + r) * m.groups() + c / m.group;
+        if (c == column || (c & within) == 0) {
+          int64_t at = (row + r) * groups + (c >> shift);
           scale = load_scale(m.scales, m.type, at), bias = load_scale(m.biases, m.type, at);
         }
         uint8_t weights[32];

@@ -195,6 +195,22 @@ INLINE V add_blocks(V a, V b, std::integer_sequence<int, lane...>) {
   return first + second;
 }
 
+// Exchanges rows and columns of kLanes vectors: in log2(kLanes) rounds, the blocks of `step` lanes beside the diagonal.
+template <int step, int... lane>
+INLINE void exchange_blocks(Float& a, Float& b, std::integer_sequence<int, lane...>) {
+  Float first = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane : lane + step)...);
+  a = first;
+}
+template <int step = 1>
+INLINE void transpose(Float (&vectors)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++)
+    if (!(i & step))
+      exchange_blocks<step>(vectors[i], vectors[i + step], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (2 * step < kLanes) transpose<2 * step>(vectors);
+}
+
 // The sums of N vectors of N lanes, one per lane, in log2(N) rounds for all of them.
 template <int N, int step = 1>
 INLINE Vector<float, N> sums(Vector<float, N>* vectors) {
