@@ -45,22 +45,6 @@ struct SplitRows {
 template <class T>
 using Sixteen = Vector<T, kTileHeight>;
 
-// Turns rows into columns, in four rounds: each exchanges blocks of `step` numbers beside the diagonal.
-template <int step = 1, class V, int... lane>
-INLINE void transpose(V* rows, std::integer_sequence<int, lane...> lanes) {
-  for (int i = 0; i < kTileHeight; i++) {
-    if (i & step) continue;
-    V a = rows[i], b = rows[i + step];
-    rows[i] = __builtin_shufflevector(a, b, (lane & step ? kTileHeight + lane - step : lane)...);
-    rows[i + step] = __builtin_shufflevector(a, b, (lane & step ? kTileHeight + lane : lane + step)...);
-  }
-  if constexpr (2 * step < kTileHeight) transpose<2 * step>(rows, lanes);
-}
-template <class T>
-INLINE void transpose(Sixteen<T>* rows) {
-  transpose(rows, std::make_integer_sequence<int, kTileHeight>{});
-}
-
 // The upper half of the bits of a number, which is a number in bfloat16, and what is left of it in `rest`.
 INLINE Sixteen<uint32_t> take_upper(Sixteen<float>& rest) {
   auto nothing = bits_of<Sixteen<uint32_t>>(rest != rest) & 0x00400000u;  // NaN stays NaN
@@ -95,7 +79,7 @@ inline void split_rows(const float* x, int64_t columns, const SplitRows& to) {
         // Each vector overwrites what the one before has beyond the width.
         uint32_t packed[(kSplit * kPairs + 1) * kTileHeight], *next = packed;
         for (auto& part : parts) {
-          if (to.width > 1) transpose<uint32_t>(part);
+          if (to.width > 1) transpose(part);
           for (int i = 0; i < (to.width > 1 ? kPairs : 1); i++) write(next + i * to.width, part[i]);
           next += kPairs * to.width;
         }
@@ -138,24 +122,6 @@ INLINE void multiply_block(const char* w, int64_t stride, int64_t steps, const u
   _tile_stored(7, results + kTileHeight * width, row);
 }
 
-// y [rows, outputs], with `apart` numbers from row to row, += the first columns of results [outputs, width].
-INLINE void add_results(const float* results, int64_t outputs, int64_t width, int64_t rows, int64_t apart, float* y) {
-  for (int64_t i = 0; i < outputs; i += kTileHeight, results += kTileHeight * width, y += kTileHeight) {
-    Sixteen<float> some[kTileHeight];
-    for (int k = 0; k < kTileHeight; k++) some[k] = read<Sixteen<float>>(results + k * width);
-    transpose<float>(some);
-    int64_t count = outputs - i < kTileHeight ? outputs - i : kTileHeight;
-    for (int64_t r = 0; r < rows; r++) {
-      float* to = y + r * apart;
-      if (count == kTileHeight) {
-        write(to, read<Sixteen<float>>(to) + some[r]);
-      } else {
-        for (int k = 0; k < count; k++) to[k] += some[r][k];
-      }
-    }
-  }
-}
-
 // A block of W for tiles: itself, or if it is not whole, a copy with zeros for what is missing. `apart`: from row to row.
 inline const char* whole_block(const Matrix& m, int64_t row, int64_t outputs, Scratch& scratch, int64_t& apart) {
   apart = m.row_bytes();
@@ -192,7 +158,8 @@ inline void amx_few_rows(const Matrix& m, const float* x, int64_t rows, float* y
         Prefetch ahead{static_cast<const char*>(next), kBlockHeight * m.row_bytes() / kParallel};
         float results[(kBlockHeight + 1) * kTileHeight];
         multiply_block(w, apart, split.steps, split.group(g), split.width, ahead, results);
-        add_results(results, outputs, split.width, split.rows_of(g), m.rows, y + g * split.width * m.rows + row);
+        float* to = y + g * split.width * m.rows + row;
+        add_transposed(results, split.width, outputs, split.rows_of(g), to, m.rows);
       }
     }
   });

@@ -64,27 +64,6 @@ inline void pack_panel(const float* x, int64_t stride, int64_t rows, int64_t dep
   }
 }
 
-// to [columns, rows] += the transposed from [rows, columns].
-inline void add_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-                           int64_t to_stride) {
-  int64_t whole = rows / kLanes * kLanes;
-  for (int64_t c = 0, count; c < columns; c += count) {
-    count = columns - c < kLanes ? columns - c : kLanes;
-    for (int64_t r = 0; r < whole; r += kLanes) {
-      Float block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) block[i] = load(from + (r + i) * from_stride + c);
-      transpose(block);
-      for (int i = 0; i < count; i++) {
-        float* at = to + (c + i) * to_stride + r;
-        write(at, load(at) + block[i]);
-      }
-    }
-    for (int64_t r = whole; r < rows; r++)
-      for (int64_t i = c; i < c + count; i++) to[i * to_stride + r] += from[r * from_stride + i];
-  }
-}
-
 constexpr int64_t kBlockRows = 96;    // of weights: a multiple of 32, of both tiles, and with kBlockDepth half of L2
 constexpr int64_t kBlockDepth = 256;  // a panel of this depth fits L1
 constexpr int64_t kMostRows = 512;    // of x at a time, so that panels stay in the outer caches

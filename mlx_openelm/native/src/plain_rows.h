@@ -217,8 +217,8 @@ void tile_rows(const Matrix& m, int64_t row, int64_t outputs, const float* x, Ah
       const float* from = totals + (first + (i < count ? i : 0)) * kLanes;
       sums[i] = add_halves<T>(load(from), load(from + kSize));
     }
-    Float result = ordered_sums<kLanes, kLanes>(sums);
-    for (int i = 0; i < count; i++) out[(first + i) % R * m.rows + (first + i) / R] += result[lane_of_sum<kLanes>(i)];
+    Float result = ordered_sums(sums);
+    for (int i = 0; i < count; i++) out[(first + i) % R * m.rows + (first + i) / R] += result[lane_of_sum(i)];
   }
 }
 

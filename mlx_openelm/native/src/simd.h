@@ -195,20 +195,44 @@ INLINE V add_blocks(V a, V b, std::integer_sequence<int, lane...>) {
   return first + second;
 }
 
-// Exchanges rows and columns of kLanes vectors: in log2(kLanes) rounds, the blocks of `step` lanes beside the diagonal.
-template <int step, int... lane>
-INLINE void exchange_blocks(Float& a, Float& b, std::integer_sequence<int, lane...>) {
-  Float first = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane : lane + step)...);
-  a = first;
-}
-template <int step = 1>
-INLINE void transpose(Float (&vectors)[kLanes]) {
+// Turns the rows of a square of 32-bit numbers into its columns, in log2 rounds: each exchanges the blocks of `step`
+// numbers beside the diagonal.
+template <int step, class V, int... lane>
+INLINE void transpose(V* rows, std::integer_sequence<int, lane...> lanes) {
+  constexpr int count = sizeof...(lane);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i++)
-    if (!(i & step))
-      exchange_blocks<step>(vectors[i], vectors[i + step], std::make_integer_sequence<int, kLanes>{});
-  if constexpr (2 * step < kLanes) transpose<2 * step>(vectors);
+  for (int i = 0; i < count; i++) {
+    if (i & step) continue;
+    V a = rows[i], b = rows[i + step];
+    rows[i] = __builtin_shufflevector(a, b, (lane & step ? count + lane - step : lane)...);
+    rows[i + step] = __builtin_shufflevector(a, b, (lane & step ? count + lane : lane + step)...);
+  }
+  if constexpr (2 * step < count) transpose<2 * step>(rows, lanes);
+}
+template <class V>
+INLINE void transpose(V* rows) {
+  transpose<1>(rows, std::make_integer_sequence<int, sizeof(V) / 4>{});
+}
+
+// to [columns, rows] += the transposed from [rows, columns]. Whole vectors of `from` are read, also beyond the columns.
+inline void add_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                           int64_t to_stride) {
+  int64_t whole = rows / kLanes * kLanes;
+  for (int64_t c = 0, count; c < columns; c += count) {
+    count = columns - c < kLanes ? columns - c : kLanes;
+    for (int64_t r = 0; r < whole; r += kLanes) {
+      Float block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) block[i] = load(from + (r + i) * from_stride + c);
+      transpose(block);
+      for (int i = 0; i < count; i++) {
+        float* at = to + (c + i) * to_stride + r;
+        write(at, load(at) + block[i]);
+      }
+    }
+    for (int64_t r = whole; r < rows; r++)
+      for (int64_t i = c; i < c + count; i++) to[i * to_stride + r] += from[r * from_stride + i];
+  }
 }
 
 // The sums of N vectors of N lanes, one per lane, in log2(N) rounds for all of them.
@@ -220,23 +244,19 @@ INLINE Vector<float, N> sums(Vector<float, N>* vectors) {
   return vectors[0];
 }
 
-// The same for `count` vectors of N lanes, at most N, each sum in the order of `sum`: that of vector v is in lane
-// `lane_of_sum<N>(v)`.
-template <int N, int count, int step = N / 2>
-INLINE Vector<float, N> ordered_sums(Vector<float, N>* vectors) {
-  constexpr int pairs = (count + 1) / 2;
-  for (int i = 0; i < pairs; i++)
-    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1 < count ? 2 * i + 1 : 2 * i],
-                                  std::make_integer_sequence<int, N>{});
-  if constexpr (step > 1) return ordered_sums<N, pairs, step / 2>(vectors);
+// The same for kLanes vectors, each sum in the order of `sum`: that of vector v is in lane `lane_of_sum(v)`.
+template <int count = kLanes>
+INLINE Float ordered_sums(Float* vectors) {
+  for (int i = 0; i < count / 2; i++)
+    vectors[i] = add_blocks<count / 2>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (count > 2) return ordered_sums<count / 2>(vectors);
   return vectors[0];
 }
 
 // The bits of v in reverse.
-template <int N>
 constexpr int lane_of_sum(int v) {
   int lane = 0;
-  for (int bit = 1; bit < N; bit *= 2, v /= 2) lane = 2 * lane + v % 2;
+  for (int bit = 1; bit < kLanes; bit *= 2, v /= 2) lane = 2 * lane + v % 2;
   return lane;
 }
 
